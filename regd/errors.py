@@ -1,0 +1,158 @@
+"""What can go wrong, under names that say who has to act.
+
+Two families cross the border to the worker: `TryLater` (time mends it) and `NeedsHuman` (a person
+does, and the hint says how). Where ONE has a class for the same thing, regd's derives from it, so
+that a script's ``except`` clauses keep working.
+"""
+
+from __future__ import annotations
+
+from one.alf.exceptions import ALFError, ALFInvalid, AlyxSubjectNotFound
+
+
+class RegdError(Exception):
+    """Base of everything regd raises.
+
+    Args:
+        message: What happened and where, one line.
+        hint: What to do about it, one line; may be empty.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.reason = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.hint})" if self.hint else self.reason
+
+
+class Stopping(RegdError):
+    """regd is shutting down; what was in hand goes back to the journal."""
+
+
+# --- time mends it -------------------------------------------------------------------------------
+
+
+class TryLater(RegdError):
+    """The same work may succeed later.
+
+    Args:
+        after_s: Seconds to wait at least, when the other side named a time.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.after_s = after_s
+
+
+class AlyxAway(TryLater):
+    """Nothing behind `alyx.url` works as Alyx: an outage, which counts against no session.
+
+    Args:
+        unknown_outcome: True if the request may have taken effect all the same.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        after_s: float | None = None,
+        unknown_outcome: bool = False,
+    ) -> None:
+        super().__init__(message, hint=hint, after_s=after_s)
+        self.unknown_outcome = unknown_outcome
+
+
+class AlyxThrottled(AlyxAway):
+    """Alyx answered 429: too many requests by this user; `after_s` is its Retry-After."""
+
+
+class AlyxFault(TryLater):
+    """Alyx answered 500 to this very request, with a reason that does not say it is permanent."""
+
+
+class FileChanged(TryLater):
+    """A file was written to while regd was reading or moving it; it has to settle again."""
+
+
+# --- a person mends it ---------------------------------------------------------------------------
+
+
+class NeedsHuman(RegdError):
+    """Trying again will not help until a person acts on the hint."""
+
+
+class InvalidInput(NeedsHuman, ValueError):
+    """An argument or a setting is not what it must be."""
+
+
+class InvalidPath(NeedsHuman, ALFInvalid):
+    """A path does not follow the ALF convention."""
+
+
+class PathTaken(NeedsHuman, FileExistsError):
+    """A move would have overwritten a file; nothing was moved."""
+
+
+class NoDatasetType(NeedsHuman, ValueError):
+    """A file name matches no dataset type on Alyx, or more than one."""
+
+
+class MemberNotFound(NeedsHuman, ALFError):
+    """Alyx has no such user, lab, project, procedure, repository, …"""
+
+
+class SubjectNotFound(MemberNotFound, AlyxSubjectNotFound):
+    """Alyx has no subject of that nickname."""
+
+
+class SessionNotFound(NeedsHuman, ALFError):
+    """Alyx has no session for that subject, date and number."""
+
+
+class Unauthorized(NeedsHuman):
+    """Alyx does not accept the user name, password or token."""
+
+
+class AlyxRefused(NeedsHuman):
+    """Alyx understood the request and will not do it.
+
+    Args:
+        status: The HTTP status of the answer.
+    """
+
+    def __init__(self, message: str, *, status: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+
+class FileRefused(AlyxRefused):
+    """Alyx refuses one file of a registration; those listed before it may be registered.
+
+    Args:
+        name: The file as Alyx named it: its name, or its path below the repository; None if Alyx
+            did not say which file it was.
+    """
+
+    def __init__(self, message: str, *, status: int, name: str | None, hint: str = "") -> None:
+        super().__init__(message, status=status, hint=hint)
+        self.name = name
+
+
+class DatasetsProtected(AlyxRefused):
+    """At least one of the files posted is protected; nothing was registered.
+
+    Args:
+        details: For each file posted, in order, ``{file: [{revision name: protected}, …]}``, the
+            newest revision first, as Alyx lists them.
+    """
+
+    def __init__(self, message: str, *, details: list[dict[str, list[dict[str, bool]]]]) -> None:
+        super().__init__(message, status=403)
+        self.details = details
+
+
+class RevisionProtected(AlyxRefused):
+    """The very dataset that was to be written became protected meanwhile."""

@@ -1,0 +1,109 @@
+"""The nouns of regd: what a session, a file, a revision and a dataset are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class SessionState(StrEnum):
+    """Where a session's job stands.
+
+    ::
+
+        waiting ──claim──> working ──> done      nothing left to do
+           ^                  │ ├────> held      not on Alyx and no flag: looked at again later
+           │                  │ └────> parked    needs a person; leaves by `regd retry` or a new flag
+           └──── not yet ─────┘
+        done, held ──new file, flag──> waiting
+    """
+
+    WAITING = "waiting"
+    WORKING = "working"
+    DONE = "done"
+    HELD = "held"
+    PARKED = "parked"
+
+
+class FileState(StrEnum):
+    """Where a file stands.
+
+    ::
+
+        settling ──still long enough, hashed──> ready ──posted──> registered
+           │  ^                                 │   ^                  │
+           │  └───────────── written to ────────┼───┼──────────────────┘
+           │                        protected ──┴─> placing (moving into a revision folder)
+           └──> refused: Alyx would not take it, or regd must not send it; the reason is kept
+    """
+
+    SETTLING = "settling"
+    READY = "ready"
+    PLACING = "placing"
+    REGISTERED = "registered"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPath:
+    """A session folder, by the parts of its ALF path.
+
+    Attributes:
+        folder: Its path below the data root, with '/' between the parts.
+        number: As the folder is named, e.g. '001'.
+        lab: The lab of ``<lab>/Subjects/…``, or None.
+    """
+
+    folder: str
+    subject: str
+    date: str
+    number: str
+    lab: str | None = None
+
+    @property
+    def alyx_path(self) -> str:
+        """``<subject>/<date>/<number>``, the `path` of Alyx's /register-file."""
+        return f"{self.subject}/{self.date}/{self.number}"
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What makes a session one on Alyx: subject, date and number as an integer."""
+        return self.subject, self.date, int(self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPath:
+    """A file's place in its session; empty strings where there is no collection or revision."""
+
+    collection: str
+    revision: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What tells whether a file was written to, without reading it."""
+
+    size: int
+    """bytes"""
+    mtime_ns: int
+    """last modification, nanoseconds since 1970"""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One entry of a dataset's history on Alyx; the name '' is the original."""
+
+    name: str
+    protected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A dataset as `GET /datasets` lists it."""
+
+    id: str
+    place: DatasetPath
+    md5: str
+    size: int | None
+    protected: bool

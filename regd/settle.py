@@ -1,0 +1,73 @@
+"""When a file is finished. Pure: the time is an argument.
+
+A file is settled when its size and modification time have stood still for `quiet_s`. A writer that
+closed it shortens the wait to `closed_quiet_s`. A file that nobody has touched for that long
+already, by its own time stamps, needs no waiting at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from regd.model import Signature
+
+_STAMP_SLACK_S = 0.5  # a file system's clock may lag the kernel's by a timer tick or more
+
+
+@dataclass(slots=True)
+class _Sight:
+    signature: Signature
+    since: float
+
+
+@dataclass(slots=True)
+class Stillness:
+    """Remembers when each unfinished file was last seen to change.
+
+    All times called `now` are seconds of one monotonic clock.
+
+    Attributes:
+        quiet_s: Seconds a file must stand still.
+        closed_quiet_s: Seconds it must stand still after a writer closed it.
+    """
+
+    quiet_s: float
+    closed_quiet_s: float
+    _sights: dict[str, _Sight] = field(default_factory=dict)
+    _closed: dict[str, float] = field(default_factory=dict)
+
+    def closed(self, path: str, now: float) -> None:
+        """Note that a writer closed `path`, or moved it into place."""
+        self._closed[path] = now
+
+    def remaining_s(
+        self, path: str, signature: Signature, untouched_s: float | None, now: float
+    ) -> float:
+        """Return how many seconds `path` has yet to stand still; 0 if it is settled.
+
+        Args:
+            path: Any name that is unique to the file.
+            signature: The file's size and modification time at `now`.
+            untouched_s: Seconds since the file was last touched by its own stamps (the newer of
+                mtime and ctime, which no copying tool can set back), or None where the stamps
+                cannot be compared with this clock.
+        """
+        sight = self._sights.get(path)
+        if sight is None or sight.signature != signature:
+            sight = self._sights[path] = _Sight(signature, now)
+        still_s = now - sight.since
+        if untouched_s is not None and untouched_s > still_s:
+            still_s = untouched_s
+        needed_s = self.quiet_s
+        closed_at = self._closed.get(path)
+        if closed_at is not None:
+            if untouched_s is not None and untouched_s + _STAMP_SLACK_S < now - closed_at:
+                del self._closed[path]  # somebody wrote to it after that
+            else:
+                needed_s = min(needed_s, self.closed_quiet_s)
+        return max(0.0, needed_s - still_s)
+
+    def forget(self, path: str) -> None:
+        """Drop what is remembered of a file that is finished or gone."""
+        self._sights.pop(path, None)
+        self._closed.pop(path, None)
