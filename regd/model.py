@@ -13,7 +13,7 @@ class SessionState(StrEnum):
 
         waiting ──claim──> working ──> done      nothing left to do
            ^                  │ ├────> held      not on Alyx and no flag: looked at again later
-           │                  │ └────> parked    needs a person; leaves by `regd retry` or a new flag
+           │                  │ └────> parked    needs a person; `regd retry` or a new flag
            └──── not yet ─────┘
         done, held ──new file, flag──> waiting
     """

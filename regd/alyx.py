@@ -1,0 +1,493 @@
+"""The HTTP side: one client for the Alyx REST server. No httpx exception leaves this module."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import re
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote, urlsplit
+
+import httpx
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+
+from regd import __version__
+from regd.errors import (
+    AlyxAway,
+    AlyxFault,
+    AlyxRefused,
+    AlyxThrottled,
+    DatasetsProtected,
+    FileRefused,
+    InvalidInput,
+    MemberNotFound,
+    RevisionProtected,
+    SessionNotFound,
+    SubjectNotFound,
+    Unauthorized,
+)
+from regd.retries import backoff_s, retry_after_s
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from regd.settings import Settings
+
+_PAGE = 1000  # Alyx's own maximum
+_BLIP_ATTEMPTS = 4
+_BLIP_FIRST_S = 0.25
+_BLIP_LONGEST_S = 60.0  # as long as a minute's rate limit can ask for
+_NO_CREDENTIALS = ("Authentication credentials", "Invalid token", "User inactive")
+_PROTECTED = "One or more datasets is protected"
+
+
+class RateLimit:
+    """Lets at most `per_minute` requests through in any 60 s, as Alyx counts them.
+
+    Args:
+        per_minute: The limit; None for none.
+        clock: Monotonic seconds.
+        sleep: Waits that many seconds; may raise to give up.
+    """
+
+    def __init__(
+        self,
+        per_minute: int | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._sent: deque[float] = deque(maxlen=per_minute)
+        self._limited = per_minute is not None
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Return as soon as one more request may be sent."""
+        while self._limited:
+            with self._lock:
+                now = self._clock()
+                full = len(self._sent) == self._sent.maxlen
+                wait_s = self._sent[0] + 60.0 - now if full else 0.0
+                if wait_s <= 0:
+                    self._sent.append(now)
+                    return
+            self._sleep(wait_s)
+
+
+class AlyxClient:
+    """A connection to Alyx: JSON in, JSON out, safe to share between threads.
+
+    Connections are kept and reused, TLS is always verified, and what time mends within seconds is
+    tried again here: a request that never reached Alyx, a read whose answer got lost, and a 429
+    after the time its Retry-After names. A write whose outcome is unknown is never sent again.
+
+    Args:
+        base_url: The server's address, such as ``https://alyx.example.org``.
+        username: The user to log in as; with `token`, only the name to put on records.
+        password: Needed where there is no token, or to get a new one when it is refused.
+        token: An API token, as Alyx shows it to its user.
+        ca_file: A PEM file of the authorities to trust instead of the system's.
+        timeout_s: Seconds without a byte after which a request is given up.
+        requests_per_minute: Never ask faster than this; Alyx allows a user 550 by default.
+        transport: Where requests go instead of the network; for tests.
+        clock: Monotonic seconds.
+        sleep: Waits that many seconds; may raise to give up.
+        chance: A number in [0, 1), for jitter.
+
+    Raises:
+        InvalidInput: The address is no HTTP address, or the CA file cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        username: str | None = None,
+        password: str | None = None,
+        *,
+        token: str | None = None,
+        ca_file: str | Path | None = None,
+        timeout_s: float = 60.0,
+        requests_per_minute: int | None = 500,
+        transport: httpx.BaseTransport | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise InvalidInput(
+                f"alyx.url {base_url!r} is not an address of an Alyx server"
+                if not parts.username
+                else "alyx.url must not hold a user name or password",
+                hint="give it as https://host, and the user in alyx.username",
+            )
+        self.base_url = base_url.rstrip("/")
+        self.user = username
+        self._password = password
+        self._token = token
+        self._login_lock = threading.Lock()
+        self._limit = RateLimit(requests_per_minute, clock=clock, sleep=sleep)
+        self._sleep = sleep
+        self._chance = chance
+        self._http = httpx.Client(
+            base_url=self.base_url,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+            verify=_trust(ca_file),
+            transport=transport,
+            headers={"User-Agent": f"regd/{__version__}", "Accept": "application/json"},
+            limits=httpx.Limits(max_connections=32, max_keepalive_connections=32),
+        )
+
+    @classmethod
+    def from_settings(cls, settings: Settings, **injected: Any) -> AlyxClient:
+        """Return a client for the `alyx` section of the settings.
+
+        Raises:
+            InvalidInput: `alyx.url` is not set.
+        """
+        alyx = settings.alyx
+        if not alyx.url:
+            raise InvalidInput(
+                "alyx.url is not set", hint="set it in the settings file, or REGD_ALYX__URL"
+            )
+        return cls(
+            alyx.url,
+            alyx.username,
+            alyx.password.get_secret_value() if alyx.password else None,
+            token=alyx.token.get_secret_value() if alyx.token else None,
+            ca_file=alyx.ca_file,
+            timeout_s=alyx.timeout_s,
+            requests_per_minute=alyx.requests_per_minute,
+            **injected,
+        )
+
+    def __repr__(self) -> str:
+        return f"AlyxClient({self.base_url!r}, username={self.user!r})"
+
+    def __enter__(self) -> AlyxClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
+        """Return what `GET path` answers; a lost answer is asked for again."""
+        return self._request("GET", path, params=params)
+
+    def post(self, path: str, data: Mapping[str, Any]) -> Any:
+        """Return what `POST path` answers; it is sent once, unless it surely never arrived.
+
+        Raises:
+            AlyxAway: With `unknown_outcome` set if the request may have taken effect.
+        """
+        return self._request("POST", path, json=data)
+
+    def patch(self, path: str, data: Mapping[str, Any]) -> Any:
+        """Return what `PATCH path` answers: the record with `data` changed and the rest kept."""
+        return self._request("PATCH", path, json=data)
+
+    def pages(self, path: str, params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield every record of a list, page after page."""
+        query: Mapping[str, Any] | None = {"limit": _PAGE, **(params or {})}
+        while query is not None:
+            answer = self.get(path, query)
+            if isinstance(answer, list):  # endpoints without paging
+                yield from answer
+                return
+            if not isinstance(answer, dict) or not isinstance(answer.get("results"), list):
+                raise AlyxAway(f"{self.base_url}{path} answered with something that is no list")
+            yield from answer["results"]
+            # only the query of `next` is taken: behind a proxy its host may be the wrong one
+            after = answer.get("next")
+            query = dict(parse_qsl(urlsplit(after).query)) if after else None
+
+    def rest(
+        self,
+        url: str,
+        action: str,
+        id: Any = None,
+        data: Mapping[str, Any] | None = None,
+        no_cache: bool = True,  # noqa: ARG002 - see below
+        **filters: Any,
+    ) -> Any:
+        """Do as `one.webclient.AlyxClient.rest` does, so that a script need not change.
+
+        Args:
+            url: The endpoint, such as 'sessions'.
+            action: One of list, read, create, partial_update.
+            id: The record, for read and partial_update.
+            data: The record's fields, for create and partial_update.
+            no_cache: Nothing is ever cached here; accepted for compatibility.
+            filters: Query parameters, for list.
+        """
+        path = f"/{url.strip('/')}"
+        if action == "list":
+            return list(self.pages(path, filters))
+        if action == "create":
+            return self.post(path, data or {})
+        if id is None:
+            raise InvalidInput(f"{action} needs the id of a record of {url}")
+        record = f"{path}/{quote(str(id).rsplit('/', 1)[-1], safe='')}"
+        if action == "read":
+            return self.get(record)
+        if action == "partial_update":
+            return self.patch(record, data or {})
+        raise InvalidInput(f"{action!r} is none of list, read, create, partial_update")
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        json: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def again(error: BaseException) -> bool:
+            if not isinstance(error, AlyxAway):
+                return False
+            if error.after_s is not None and error.after_s > _BLIP_LONGEST_S:
+                return False
+            return method == "GET" or not error.unknown_outcome
+
+        def wait_s(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            asked_s = error.after_s if isinstance(error, AlyxAway) else None
+            jittered_s = backoff_s(
+                state.attempt_number, _BLIP_FIRST_S, _BLIP_LONGEST_S, self._chance
+            )
+            return max(asked_s or 0.0, jittered_s)
+
+        retrying = Retrying(
+            sleep=self._sleep,
+            stop=stop_after_attempt(_BLIP_ATTEMPTS),
+            wait=wait_s,
+            retry=retry_if_exception(again),
+            reraise=True,
+        )
+        return retrying(self._once, method, path, params, json)
+
+    def _once(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any] | None,
+        json: Mapping[str, Any] | None,
+    ) -> Any:
+        token = self._log_in(refused=None)
+        try:
+            return _read(self._send(method, path, params=params, json=json, token=token))
+        except Unauthorized:
+            if self._password is None:
+                raise
+            token = self._log_in(refused=token)
+        return _read(self._send(method, path, params=params, json=json, token=token))
+
+    def _send(
+        self, method: str, path: str, *, token: str | None = None, **content: Any
+    ) -> httpx.Response:
+        """Send one request and return the answer, whatever its status.
+
+        Raises:
+            AlyxAway: No whole answer came.
+        """
+        self._limit.wait()
+        headers = {"Authorization": f"Token {token}"} if token else {}
+        where = f"{method} {self.base_url}{path}"
+        try:
+            return self._http.request(method, path, headers=headers, **content)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise AlyxAway(
+                f"{where}: no connection: {error}",
+                hint="is Alyx up, is the network, is alyx.url right?",
+            ) from None
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            what = str(error) or type(error).__name__
+            raise AlyxAway(f"{where}: the answer was lost: {what}", unknown_outcome=True) from None
+        except (httpx.InvalidURL, ValueError, TypeError) as error:
+            raise InvalidInput(f"{where} cannot be sent: {error}") from None
+
+    # --- credentials -----------------------------------------------------------------------------
+
+    def _log_in(self, refused: str | None) -> str:
+        """Return the token to use, fetching one where there is none or it was `refused`."""
+        with self._login_lock:
+            if self._token is not None and self._token != refused:
+                return self._token
+            if not self.user or self._password is None:
+                raise Unauthorized(
+                    f"no credentials for {self.base_url}",
+                    hint="set alyx.token, or alyx.username and alyx.password",
+                )
+            form = {"username": self.user, "password": self._password}
+            answer = self._send("POST", "/auth-token", data=form)
+            if answer.status_code == 400:
+                raise Unauthorized(
+                    f"{self.base_url} does not accept the password of user {self.user!r}",
+                    hint="correct alyx.username and alyx.password",
+                )
+            try:
+                self._token = str(_read(answer)["token"])
+            except (KeyError, TypeError):
+                raise AlyxAway(f"{self.base_url}/auth-token answered without a token") from None
+            return self._token
+
+
+# --- what an answer means ------------------------------------------------------------------------
+
+
+def _read(answer: httpx.Response) -> Any:
+    """Return the JSON of a good answer.
+
+    Raises:
+        AlyxAway: What answered is not a working Alyx.
+        AlyxFault: Alyx failed on this request.
+        NeedsHuman: Alyx refused it; the subclass says how.
+    """
+    where = f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
+    if answer.status_code == 204:
+        return None
+    try:
+        body = answer.json()
+    except ValueError:
+        body = None
+    if answer.is_success:
+        if body is None:
+            raise AlyxAway(
+                f"{where} answered {answer.status_code} with something other than JSON",
+                hint="is alyx.url the address of Alyx, and is there a login page in between?",
+                unknown_outcome=True,
+            )
+        return body
+    raise _failure(where, answer, body if isinstance(body, dict) else None)
+
+
+def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) -> Exception:
+    """Return the exception that an answer other than 2xx stands for."""
+    status = answer.status_code
+    if status == 429:
+        now = datetime.datetime.now(datetime.UTC)
+        return AlyxThrottled(
+            f"{where}: too many requests (429)",
+            after_s=retry_after_s(answer.headers.get("Retry-After"), now),
+        )
+    if answer.has_redirect_location or 300 <= status < 400:
+        return AlyxAway(
+            f"{where} was redirected ({status}) to {answer.headers.get('Location', '?')[:200]}",
+            hint="is alyx.url right, and is there a login page in between?",
+        )
+    if status in (502, 503, 504) or (status >= 500 and body is None):
+        return AlyxAway(f"{where} answered {status}", unknown_outcome=True)
+    if body is None:
+        if status == 404:
+            return AlyxRefused(
+                f"{where} is not found on the server", status=404, hint="is alyx.url right?"
+            )
+        return AlyxRefused(f"{where} answered {status}", status=status, hint="ask Alyx's keeper")
+    text = _sentence(body)
+    if status == 403:
+        return _forbidden(where, body, text)
+    if status == 404:
+        return MemberNotFound(f"{where}: {text}", hint="create it on Alyx, or correct the name")
+    if status >= 500:
+        return _server_error(where, status, text)
+    return _bad_request(where, status, text)
+
+
+def _forbidden(where: str, body: dict[str, Any], text: str) -> Exception:
+    if body.get("error") == _PROTECTED and isinstance(body.get("details"), list):
+        return DatasetsProtected(f"{where}: {_PROTECTED}", details=body["details"])
+    if "is protected, cannot patch" in text:
+        return RevisionProtected(f"{where}: {text}", status=403)
+    if text.startswith(_NO_CREDENTIALS):
+        return Unauthorized(
+            f"{where}: {text}",
+            hint="correct alyx.token, or alyx.username and alyx.password",
+        )
+    return AlyxRefused(
+        f"{where}: {text}", status=403, hint="ask Alyx's keeper to give this user the right to"
+    )
+
+
+_NAMED_FILE = re.compile(r'(?:filename|dataset|file record|record for) "([^"]+)"')
+_PERMANENT = re.compile(
+    r"dataset types? found for|matching dataset types found|query does not exist|"
+    r"get\(\) returned more than one|argument is required"
+)
+
+
+def _server_error(where: str, status: int, text: str) -> Exception:
+    """Return the error of a JSON 500: Alyx answers many a bad value with one."""
+    named = _NAMED_FILE.search(text)
+    if named:
+        hint = "mend the dataset types on Alyx, or rename the file; then: regd retry"
+        return FileRefused(f"Alyx: {text}", status=status, name=named[1], hint=hint)
+    if re.search(r"(DataFormat|DatasetType) matching query|more than one Data", text):
+        hint = "add the file's extension to Alyx's data formats, once; then: regd retry"
+        return FileRefused(f"Alyx: {text}", status=status, name=None, hint=hint)
+    if "LabMember matching query" in text:
+        hint = "correct register.created_by, or create that user on Alyx; then: regd retry --all"
+        return MemberNotFound(f"{where}: {text}", hint=hint)
+    if _PERMANENT.search(text):
+        return AlyxRefused(f"{where}: {text}", status=status, hint="then: regd retry")
+    return AlyxFault(f"{where} failed on the server ({status}): {text}")
+
+
+def _bad_request(where: str, status: int, text: str) -> Exception:
+    if "repository does not exist" in text:
+        return MemberNotFound(
+            f"{where}: {text}",
+            hint="correct `repository`, or create it on Alyx; then: regd retry --all",
+        )
+    if re.match(r"A (base )?session for", text):
+        return SessionNotFound(f"{where}: {text}", hint="create the session on Alyx: put a flag")
+    subject = re.search(r"nickname[ =]\"?([^\s\"]+)\"? does not exist", text)
+    if subject:
+        return SubjectNotFound(
+            f"subject {subject[1]!r} does not exist on Alyx",
+            hint="create the subject on Alyx, or rename its folder; then: regd retry",
+        )
+    missing = re.search(r"Object with \w+=(.+?) does not exist", text)
+    if missing or "labs do not exist" in text:
+        return MemberNotFound(f"{where}: {text}", hint="create it on Alyx, or correct the name")
+    named = _NAMED_FILE.search(text)
+    if named:
+        return FileRefused(
+            f"Alyx: {text}", status=status, name=named[1], hint="rename the file; then: regd retry"
+        )
+    return AlyxRefused(f"{where}: {text}", status=status, hint="correct it; then: regd retry")
+
+
+def _sentence(body: dict[str, Any]) -> str:
+    """Return what an error answer says, on one line."""
+    for key in ("detail", "error"):
+        if isinstance(body.get(key), str):
+            return " ".join(body[key].split())
+    fields = {k: v for k, v in body.items() if k != "status_code"}
+    return "; ".join(
+        f"{k}: {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in fields.items()
+    )
+
+
+def _trust(ca_file: str | Path | None) -> ssl.SSLContext | bool:
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=str(ca_file))
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidInput(
+            f"alyx.ca_file {ca_file} cannot be used: {error}",
+            hint="give a readable PEM file with the certificate of the authority",
+        ) from None

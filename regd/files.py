@@ -1,0 +1,244 @@
+"""What regd does to files: look at them, hash them, move them without ever overwriting one.
+
+Every path is opened folder by folder from the data root, and no symbolic link is followed, so that
+nothing outside the root can be read or moved however the tree changes meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from regd.errors import FileChanged, NeedsHuman, PathTaken, Stopping
+from regd.model import Signature
+
+_RENAME_NOREPLACE = 1
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file as a walk sees it.
+
+    Attributes:
+        path: Its path below the folder walked, '/' between the parts.
+        signature: Its size and modification time.
+        touched_ns: The newer of mtime and ctime, nanoseconds since 1970.
+        kind: 'file', 'link', or 'other' (a device, a socket, a pipe).
+    """
+
+    path: str
+    signature: Signature
+    touched_ns: int
+    kind: str
+
+
+def walk(folder: Path, ignored: Any = None, prefix: str = "") -> Iterator[Found]:
+    """Yield every file, link and special file below `folder`, following no link.
+
+    Args:
+        folder: An existing folder.
+        ignored: Called with ``prefix + '/' + path``; what it says True to is left out, with all
+            that is below it.
+        prefix: Put before each path for `ignored`.
+
+    Raises:
+        OSError: `folder` itself cannot be read. A folder below that vanished is passed over.
+    """
+    stack = [""]
+    while stack:
+        inner = stack.pop()
+        try:
+            entries = list(os.scandir(folder / inner))
+        except FileNotFoundError:
+            if not inner:
+                raise
+            continue
+        for entry in entries:
+            path = f"{inner}/{entry.name}" if inner else entry.name
+            if ignored is not None and ignored(f"{prefix}/{path}"):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                stack.append(path)
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                yield _found(path, entry.stat(follow_symlinks=False))
+
+
+def _found(path: str, status: os.stat_result) -> Found:
+    mode = status.st_mode
+    kind = "file" if stat.S_ISREG(mode) else "link" if stat.S_ISLNK(mode) else "other"
+    touched_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+    return Found(path, Signature(status.st_size, status.st_mtime_ns), touched_ns, kind)
+
+
+@contextlib.contextmanager
+def open_folder(root: Path, relative: str) -> Iterator[int]:
+    """Open the folder `relative` below `root` and yield its descriptor.
+
+    Raises:
+        OSError: A part is missing, is no folder, or is a symbolic link.
+    """
+    descriptor = os.open(root, _FOLDER & ~os.O_NOFOLLOW)
+    try:
+        for part in filter(None, relative.split("/")):
+            inner = os.open(part, _FOLDER, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def open_file(root: Path, relative: str) -> Iterator[BinaryIO]:
+    """Open the regular file `relative` below `root` for reading.
+
+    Raises:
+        OSError: It is missing, no regular file, or a part of the path is a symbolic link.
+    """
+    folder, _, name = relative.rpartition("/")
+    with open_folder(root, folder) as descriptor:
+        file = os.fdopen(os.open(name, _FILE, dir_fd=descriptor), "rb", buffering=0)
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", relative)
+        yield file  # type: ignore[misc]  # an unbuffered FileIO is all that file_digest needs
+
+
+def signature(root: Path, relative: str) -> Signature | None:
+    """Return the signature of a regular file below `root`, or None if there is none."""
+    folder, _, name = relative.rpartition("/")
+    try:
+        with open_folder(root, folder) as descriptor:
+            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return Signature(status.st_size, status.st_mtime_ns)
+
+
+class _Stoppable:
+    """A file whose reading ends with `Stopping` once `stop` is set."""
+
+    def __init__(self, file: BinaryIO, stop: threading.Event) -> None:
+        self._file = file
+        self._stop = stop
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._stop.is_set():
+            raise Stopping("stopped while hashing")
+        return self._file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+
+
+def md5(root: Path, relative: str, expected: Signature, stop: threading.Event) -> str:
+    """Return the MD5 of a file, 32 hexadecimal digits, as Alyx keeps it.
+
+    Raises:
+        FileChanged: It was not `expected` before or after it was read.
+        OSError: It cannot be read.
+        Stopping: `stop` was set.
+    """
+    with open_file(root, relative) as file:
+        _check_signature(file, expected, relative)
+        digest = hashlib.file_digest(_Stoppable(file, stop), _new_md5)  # type: ignore[arg-type]
+        _check_signature(file, expected, relative)
+    return digest.hexdigest()
+
+
+def _new_md5() -> Any:
+    return hashlib.md5(usedforsecurity=False)  # Alyx's `hash`; it guards against nobody
+
+
+def _check_signature(file: BinaryIO, expected: Signature, relative: str) -> None:
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != (expected.size, expected.mtime_ns):
+        raise FileChanged(f"{relative} was written to meanwhile")
+
+
+def move(root: Path, folder: str, source: str, target: str) -> None:
+    """Move a file within `folder`, never over another one; both folders reach the disk.
+
+    Args:
+        root: The data root.
+        folder: A session folder below it.
+        source: The file's path below `folder`.
+        target: Its new path below `folder`; the last folder of it is made if it is missing.
+
+    Raises:
+        PathTaken: `target` exists.
+        FileNotFoundError: `source` does not.
+        NeedsHuman: The file system can move nothing without the risk of overwriting.
+        OSError: The disk refuses.
+    """
+    source_folder, _, name = source.rpartition("/")
+    target_folder, _, new_name = target.rpartition("/")
+    parent, _, revision = target_folder.rpartition("/")
+    with open_folder(root, f"{folder}/{parent}") as above:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(revision, dir_fd=above)
+        os.fsync(above)
+    with (
+        open_folder(root, f"{folder}/{source_folder}") as from_fd,
+        open_folder(root, f"{folder}/{target_folder}") as to_fd,
+    ):
+        try:
+            _rename_noreplace(from_fd, name, to_fd, new_name)
+        except FileExistsError:
+            raise PathTaken(
+                f"{folder}/{target} exists already, so {source} was not moved there",
+                hint="compare the two files, keep both, then: regd retry",
+            ) from None
+        os.fsync(to_fd)
+        os.fsync(from_fd)
+
+
+def _rename_noreplace(from_fd: int, name: str, to_fd: int, new_name: str) -> None:
+    """Rename as `renameat2` with RENAME_NOREPLACE does, by link and unlink where it is missing."""
+    old, new = os.fsencode(name), os.fsencode(new_name)
+    if _libc.renameat2(from_fd, old, to_fd, new, _RENAME_NOREPLACE) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), name)
+    try:
+        os.link(name, new_name, src_dir_fd=from_fd, dst_dir_fd=to_fd, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise NeedsHuman(
+                f"the file system of {name} cannot move a file without the risk of overwriting",
+                hint=f"move {name} into its folder {new_name} by hand, then: regd retry",
+            ) from None
+        raise
+    os.fsync(to_fd)  # the new name is on the disk before the old one goes
+    os.unlink(name, dir_fd=from_fd)
+
+
+def remove_flag(root: Path, folder: str, flag: str) -> bool:
+    """Delete the flag file in `folder`; return False if there is none.
+
+    Raises:
+        OSError: It cannot be deleted, or it is a folder.
+    """
+    try:
+        with open_folder(root, folder) as descriptor:
+            os.unlink(flag, dir_fd=descriptor)
+            os.fsync(descriptor)
+    except FileNotFoundError:
+        return False
+    return True

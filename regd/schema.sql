@@ -1,0 +1,69 @@
+-- What regd knows, durably. One row a session, one row a file. Times are seconds since 1970 (UTC).
+
+CREATE TABLE session (
+    id          INTEGER PRIMARY KEY,
+    folder      TEXT    NOT NULL UNIQUE,       -- below the data root, '/' between the parts
+    subject     TEXT    NOT NULL,
+    date        TEXT    NOT NULL,
+    number      INTEGER NOT NULL,              -- '1' and '001' are one session on Alyx
+    state       TEXT    NOT NULL DEFAULT 'waiting'
+                CHECK (state IN ('waiting', 'working', 'done', 'held', 'parked')),
+    flagged     INTEGER NOT NULL DEFAULT 0 CHECK (flagged IN (0, 1)),
+    eid         TEXT,                          -- its UUID on Alyx, once known
+    doubt       INTEGER NOT NULL DEFAULT 1 CHECK (doubt IN (0, 1)),
+                                               -- Alyx may hold datasets of it that `file` does not know
+    due_at      REAL    NOT NULL,              -- when it is looked at next, if waiting or held
+    hinted_at   REAL,                          -- something happened while it was in work: due then
+    attempt     INTEGER NOT NULL DEFAULT 0,    -- failures since the last success
+    reason      TEXT,                          -- why it waits, is held or parked
+    hint        TEXT,                          -- what a person can do about it
+    changed_at  REAL    NOT NULL,
+    UNIQUE (subject, date, number),
+    CHECK (state NOT IN ('parked', 'held') OR reason IS NOT NULL)
+);
+CREATE INDEX session_due ON session (due_at) WHERE state IN ('waiting', 'held');
+CREATE INDEX session_state ON session (state, changed_at);
+
+CREATE TABLE file (
+    session_id  INTEGER NOT NULL REFERENCES session (id) ON DELETE CASCADE,
+    path        TEXT    NOT NULL,              -- below the session folder
+    state       TEXT    NOT NULL
+                CHECK (state IN ('settling', 'ready', 'placing', 'registered', 'refused')),
+    size        INTEGER NOT NULL,              -- bytes, when last looked at
+    mtime_ns    INTEGER NOT NULL,
+    md5         TEXT,                          -- of that size and mtime
+    dataset_id  TEXT,                          -- its UUID on Alyx, once registered
+    move_to     TEXT,                          -- the path it is being moved to; written before the move
+    reason      TEXT,
+    hint        TEXT,
+    first_seen_at REAL  NOT NULL,              -- when this content was first seen
+    changed_at  REAL    NOT NULL,
+    PRIMARY KEY (session_id, path),
+    CHECK ((state = 'placing') = (move_to IS NOT NULL)),
+    CHECK (state <> 'refused' OR reason IS NOT NULL)
+) WITHOUT ROWID;
+CREATE INDEX file_state ON file (state) WHERE state <> 'registered';
+
+-- What lies below the data root in no session.
+CREATE TABLE stray (
+    path        TEXT    PRIMARY KEY,
+    reason      TEXT    NOT NULL,
+    hint        TEXT    NOT NULL,
+    scan        INTEGER NOT NULL,              -- the scan that saw it last
+    seen_at     REAL    NOT NULL
+) WITHOUT ROWID;
+
+-- What another process asks the daemon to do.
+CREATE TABLE request (
+    id          INTEGER PRIMARY KEY,
+    kind        TEXT    NOT NULL CHECK (kind IN ('scan')),
+    everything  INTEGER NOT NULL DEFAULT 0 CHECK (everything IN (0, 1)),
+    state       TEXT    NOT NULL DEFAULT 'asked' CHECK (state IN ('asked', 'running', 'done')),
+    asked_at    REAL    NOT NULL
+);
+
+-- Single facts: the data root, the daemon, what the last scan counted.
+CREATE TABLE fact (
+    name        TEXT    PRIMARY KEY,
+    value       TEXT    NOT NULL               -- JSON
+) WITHOUT ROWID;
