@@ -74,8 +74,13 @@ class SettingsError(ValueError):
     """
 
     def __init__(self, mistakes: Iterable[str]) -> None:
-        self.mistakes = tuple(mistakes)
+        self.mistakes = tuple(_encodable(mistake) for mistake in mistakes)
         super().__init__("\n".join(self.mistakes))
+
+
+def _encodable(text: str) -> str:
+    """Return `text` with what UTF-8 cannot hold (a path's odd bytes) written as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # --- kinds of value --------------------------------------------------------------------------
@@ -102,9 +107,12 @@ def _as_path(value: object) -> object:
     if not value.strip():
         return None
     try:
-        return Path(value).expanduser()
+        path = Path(value).expanduser()
     except RuntimeError:
         raise ValueError("begins with ~, but there is no such home folder") from None
+    if "\0" in value:
+        raise ValueError("must be a path")
+    return path
 
 
 def _as_list(value: object) -> object:
@@ -170,8 +178,11 @@ def _password(value: SecretStr | None) -> SecretStr | None:
 
 
 def _existing_file(value: Path | None) -> Path | None:
-    if value is not None and not value.is_file():
+    # os.path and os.access answer; Path.is_file raises where a folder may not be entered.
+    if value is not None and not os.path.isfile(value):  # noqa: PTH113
         raise ValueError("must name an existing file")
+    if value is not None and not os.access(value, os.R_OK):
+        raise ValueError("must be a file that this user may read")
     return value
 
 
@@ -185,8 +196,9 @@ OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none), AfterValid
 OptionalPath = Annotated[Path | None, BeforeValidator(_as_path)]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_no_bool)]
-OptionalCount = Annotated[int | None, BeforeValidator(_no_bool), BeforeValidator(_blank_is_none)]
+# Python refuses to print integers of more than 4300 digits: a limit, so that all can be shown.
+Count = Annotated[int, BeforeValidator(_no_bool), Field(le=2**63 - 1)]
+OptionalCount = Annotated[Count | None, BeforeValidator(_blank_is_none)]
 
 
 def default_state_dir() -> Path:
@@ -216,7 +228,9 @@ class AlyxSettings(_Section):
     url: Annotated[OptionalText, AfterValidator(_server_url)] = Field(
         default=None, description="Address of Alyx, such as `https://alyx.example.org`."
     )
-    username: OptionalText = Field(default=None, description="Alyx user that regd logs in as.")
+    username: OptionalText = Field(
+        default=None, description="Alyx user that regd works as; name it beside a token too."
+    )
     password: Annotated[SecretStr | None, AfterValidator(_password)] = Field(
         default=None,
         description="That user's password; not needed with a token. Better in a secret file.",
@@ -245,11 +259,11 @@ class RegisterSettings(_Section):
     )
     users: Texts = Field(
         default_factory=list,
-        description="Alyx users named on new sessions; the user regd logs in as when empty.",
+        description="Alyx users named on new sessions; `alyx.username` when empty.",
     )
     created_by: OptionalText = Field(
         default=None,
-        description="Alyx user named as the maker of the datasets; the session's when empty.",
+        description="Alyx user named as the maker of the datasets; `alyx.username` when empty.",
     )
     versions: Annotated[str | list[str] | None, BeforeValidator(_as_versions)] = Field(
         default=None,
@@ -261,7 +275,7 @@ class RegisterSettings(_Section):
     )
     server_only: bool = Field(
         default=False,
-        description="Register the files on server repositories only, not on personal ones.",
+        description="Make file records in the lab's online repositories only, not in local ones.",
     )
     exists: bool = Field(
         default=True,
@@ -269,7 +283,7 @@ class RegisterSettings(_Section):
     )
     max_md5_size: Annotated[OptionalCount, Field(ge=0)] = Field(
         default=None,
-        description="Bytes; larger files are registered without MD5. Null: all have one.",
+        description="Bytes; files of this size and more are registered without MD5. Null: all have one.",
     )
     chunk_files: Annotated[Count, Field(ge=1)] = Field(
         default=100, description="Most files in one request."
@@ -513,14 +527,14 @@ def _flat(
 ) -> dict[str, _Value]:
     flat: dict[str, _Value] = {}
     for name, value in values.items():
-        key = above + (name if isinstance(name, str) else reprlib.repr(name))
+        key = above + (name if isinstance(name, str) else _brief(name))
         found = layer.found(key, value)
         if isinstance(value, BaseModel):
             value = value.model_dump(exclude_unset=True)
-        if key in LEAVES:
-            flat[key] = found
-        elif key not in SECTIONS:
+        if key not in (*LEAVES, *SECTIONS) or above + str(name).replace(".", "") != key:
             mistakes.append(_unknown(key, found.where))
+        elif key in LEAVES:
+            flat[key] = found
         elif isinstance(value, Mapping):
             flat |= _flat(layer, value, mistakes, f"{key}.")
         elif value is not None:  # a section whose keys are all commented out is none at all
@@ -626,7 +640,6 @@ def _read_yaml(path: Path) -> _Layer:
         raise SettingsError(
             [f"{path}: cannot be read ({reason}); check the path and who may read it"]
         ) from None
-    loader = yaml.SafeLoader("")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -643,12 +656,10 @@ def _read_yaml(path: Path) -> _Layer:
         raise SettingsError(
             [f"{path}: is no YAML that regd can read; compare it with the example file"]
         ) from None
-    finally:
-        loader.dispose()
     if twice:
         raise SettingsError(
-            f"{path}, line {line}: {key} is set a second time (first in line {lines[key]}); "
-            "keep one of the two"
+            f"{path}, line {line}: {_printable(key)} is set a second time "
+            f"(first in line {lines[key]}); keep one of the two"
             for key, line in twice
         )
     if values is None:
@@ -708,12 +719,20 @@ def _suggestion(key: str) -> str:
     near = near or [leaf for leaf in LEAVES if leaf.split(".")[-1] == key.split(".")[-1]][:1]
     if near:
         return f"did you mean {near[0]}?"
-    return "remove it (`regd config` lists all settings)"
+    return "remove it (the README lists all settings)"
 
 
 def _printable(text: str) -> str:
     """Return `text` short and safe for any terminal or log."""
-    return reprlib.repr(text)[1:-1] if not text.isprintable() or len(text) > 100 else text
+    return text if text.isprintable() and len(text) <= 100 else reprlib.repr(text)[1:-1]
+
+
+def _brief(value: object) -> str:
+    """Return any value as a short text; `reprlib` alone fails at integers of many digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"a {type(value).__name__}"
 
 
 def _in_plain_words(error: ValidationError, given: Mapping[str, _Value]) -> list[str]:
@@ -723,6 +742,8 @@ def _in_plain_words(error: ValidationError, given: Mapping[str, _Value]) -> list
         value = given.get(key, _Value(None, "default"))
         context = detail.get("ctx", {})
         expected = _expected(detail["type"], context) or str(detail["msg"])
+        if len(detail["loc"]) > key.count(".") + 1:
+            expected = "must be a list of texts (put them in quotes)"
         shown = "" if key not in given else f", not {_shown(key, value.value)}"
         mistakes.setdefault(
             key, f"{value.where}: {key} {expected}{shown}; correct it{_or_default(key)}"
@@ -767,7 +788,7 @@ def _shown(key: str, value: object) -> str:
         return MASK
     if isinstance(value, str):  # an address may hold a password
         value = re.sub(r"//[^/\s]*@", f"//{MASK}@", value)
-    return reprlib.repr(str(value) if isinstance(value, Path) else value)
+    return _brief(value) if isinstance(value, (str, int, list)) else _brief(str(value))
 
 
 def _or_default(key: str) -> str:
@@ -808,7 +829,8 @@ def load(config: Path | None = None) -> Loaded:
 def rows(loaded: Loaded) -> Iterator[Row]:
     """Yield every setting, in the order of the documentation, secrets masked."""
     for key in LEAVES:
-        yield Row(key, _text(_get(loaded.settings, key)), loaded.origins[key])
+        value = _text(_get(loaded.settings, key))
+        yield Row(key, _encodable(value), _encodable(loaded.origins[key]))
 
 
 def markdown_table() -> str:
@@ -842,11 +864,11 @@ def _check_folders(settings: Settings, origins: Mapping[str, str]) -> Iterator[s
     shown = _shown("data_root", root)
     if not root.is_absolute():
         yield f"{where}: data_root must begin with /, not {shown}; write the whole path"
-    elif not root.is_dir():
+    elif not os.path.isdir(root):  # noqa: PTH112  # Path.is_dir raises if it may not look
         yield f"{where}: data_root must be an existing folder, not {shown}; create or mount it"
     elif not os.access(root, os.R_OK | os.X_OK):
         yield f"{where}: data_root {shown} may not be read by this user; change who may"
-    elif state.resolve().is_relative_to(root.resolve()):
+    elif Path(os.path.realpath(state)).is_relative_to(os.path.realpath(root)):
         yield (
             f"{state_where}: state_dir {_shown('state_dir', state)} must be outside data_root "
             f"{shown}; name another folder on a local disk"
