@@ -198,7 +198,7 @@ Texts = Annotated[list[str], BeforeValidator(_as_list)]
 Seconds = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 # Python refuses to print integers of more than 4300 digits: a limit, so that all can be shown.
 Count = Annotated[int, BeforeValidator(_no_bool), Field(le=2**63 - 1)]
-OptionalCount = Annotated[Count | None, BeforeValidator(_blank_is_none)]
+OneOrMore = Annotated[Count, Field(ge=1)]
 
 
 def default_state_dir() -> Path:
@@ -245,7 +245,7 @@ class AlyxSettings(_Section):
     timeout_s: Annotated[Seconds, Field(gt=0)] = Field(
         default=60, description="Seconds to wait for an answer of Alyx."
     )
-    requests_per_minute: Annotated[OptionalCount, Field(ge=1)] = Field(
+    requests_per_minute: Annotated[OneOrMore | None, BeforeValidator(_blank_is_none)] = Field(
         default=500,
         description="Most requests a minute; null for no limit. Alyx itself allows 550 a user.",
     )
@@ -281,13 +281,11 @@ class RegisterSettings(_Section):
         default=True,
         description="Tell Alyx that the files exist in `repository`; needs a repository.",
     )
-    max_md5_size: Annotated[OptionalCount, Field(ge=0)] = Field(
+    max_md5_size: Annotated[OneOrMore | None, BeforeValidator(_blank_is_none)] = Field(
         default=None,
-        description="Bytes; files of this size and more are registered without MD5. Null: all have one.",
+        description="Bytes; files of this size and more get no MD5. Null: all get one.",
     )
-    chunk_files: Annotated[Count, Field(ge=1)] = Field(
-        default=100, description="Most files in one request."
-    )
+    chunk_files: OneOrMore = Field(default=100, description="Most files in one request.")
 
 
 class SettleSettings(_Section):
@@ -346,7 +344,7 @@ class RetrySettings(_Section):
     longest_s: Annotated[Seconds, Field(gt=0, validate_default=True)] = Field(
         default=900, description="Most seconds between two attempts."
     )
-    attempts: Annotated[Count, Field(ge=1)] = Field(
+    attempts: OneOrMore = Field(
         default=12, description="Attempts before a session is parked for a person to look at."
     )
 
@@ -417,7 +415,7 @@ class Settings(BaseSettings):
     scan: ScanSettings = Field(default_factory=ScanSettings)
     watch: WatchSettings = Field(default_factory=WatchSettings)
     retry: RetrySettings = Field(default_factory=RetrySettings)
-    workers: Annotated[Count, Field(ge=1, le=32)] = Field(
+    workers: Annotated[OneOrMore, Field(le=32)] = Field(
         default=4, description="Sessions worked on at the same time, 1 to 32."
     )
     log: LogSettings = Field(default_factory=LogSettings)
@@ -732,14 +730,16 @@ def _brief(value: object) -> str:
     try:
         return reprlib.repr(value)
     except ValueError:
-        return f"a {type(value).__name__}"
+        return "a number too long to show"
 
 
 def _in_plain_words(error: ValidationError, given: Mapping[str, _Value]) -> list[str]:
     mistakes: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_input=False):
         key = _key_at(detail["loc"])
-        value = given.get(key, _Value(None, "default"))
+        # A default can only be wrong beside another key of its section.
+        beside = (found for name, found in given.items() if name.startswith(key.split(".")[0]))
+        value = given.get(key) or next(beside, _Value(None, "default"))
         context = detail.get("ctx", {})
         expected = _expected(detail["type"], context) or str(detail["msg"])
         if len(detail["loc"]) > key.count(".") + 1:
@@ -788,7 +788,7 @@ def _shown(key: str, value: object) -> str:
         return MASK
     if isinstance(value, str):  # an address may hold a password
         value = re.sub(r"//[^/\s]*@", f"//{MASK}@", value)
-    return _brief(value) if isinstance(value, (str, int, list)) else _brief(str(value))
+    return _brief(value) if isinstance(value, (str, int, float, list)) else _brief(str(value))
 
 
 def _or_default(key: str) -> str:
