@@ -183,9 +183,20 @@ class AlyxClient:
 
     # --- requests --------------------------------------------------------------------------------
 
-    def get(self, path: str, params: Mapping[str, Any] | None = None) -> Any:
-        """Return what `GET path` answers; a lost answer is asked for again."""
-        return self._request("GET", path, params=params)
+    def get(
+        self,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return what `GET path` answers; a lost answer is asked for again.
+
+        Args:
+            path: Below the server's address, such as '/sessions'.
+            params: The query.
+            data: Sent as JSON in the body, which Alyx reads where a query would be too long.
+        """
+        return self._request("GET", path, params=params, json=data)
 
     def post(self, path: str, data: Mapping[str, Any]) -> Any:
         """Return what `POST path` answers; it is sent once, unless it surely never arrived.
@@ -305,6 +316,7 @@ class AlyxClient:
         """
         self._limit.wait()
         headers = {"Authorization": f"Token {token}"} if token else {}
+        content = {key: value for key, value in content.items() if value is not None}
         where = f"{method} {self.base_url}{path}"
         try:
             return self._http.request(method, path, headers=headers, **content)
@@ -430,6 +442,9 @@ _PERMANENT = re.compile(
 
 def _server_error(where: str, status: int, text: str) -> Exception:
     """Return the error of a JSON 500: Alyx answers many a bad value with one."""
+    missing_session = _missing_session(where, text)
+    if missing_session:
+        return missing_session
     named = _NAMED_FILE.search(text)
     if named:
         hint = "mend the dataset types on Alyx, or rename the file; then: regd retry"
@@ -445,14 +460,26 @@ def _server_error(where: str, status: int, text: str) -> Exception:
     return AlyxFault(f"{where} failed on the server ({status}): {text}")
 
 
+def _missing_session(where: str, text: str) -> Exception | None:
+    if re.match(r"A (base )?session for", text):
+        hint = "create the session on Alyx: put a flag file in its folder"
+        return SessionNotFound(f"{where}: {text}", hint=hint)
+    if text.startswith("Subject matching query does not exist"):
+        return SubjectNotFound(
+            f"{where}: {text}", hint="create the subject on Alyx, or rename its folder"
+        )
+    return None
+
+
 def _bad_request(where: str, status: int, text: str) -> Exception:
     if "repository does not exist" in text:
         return MemberNotFound(
             f"{where}: {text}",
             hint="correct `repository`, or create it on Alyx; then: regd retry --all",
         )
-    if re.match(r"A (base )?session for", text):
-        return SessionNotFound(f"{where}: {text}", hint="create the session on Alyx: put a flag")
+    missing_session = _missing_session(where, text)
+    if missing_session:
+        return missing_session
     subject = re.search(r"nickname[ =]\"?([^\s\"]+)\"? does not exist", text)
     if subject:
         return SubjectNotFound(

@@ -15,11 +15,13 @@ import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from regd.errors import FileChanged, NeedsHuman, PathTaken, Stopping
 from regd.model import Signature
+from regd.paths import parse_dataset
 
 _RENAME_NOREPLACE = 1
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -102,7 +104,7 @@ def open_folder(root: Path, relative: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def open_file(root: Path, relative: str) -> Iterator[BinaryIO]:
+def open_file(root: Path, relative: str) -> Iterator[FileIO]:
     """Open the regular file `relative` below `root` for reading.
 
     Raises:
@@ -110,11 +112,11 @@ def open_file(root: Path, relative: str) -> Iterator[BinaryIO]:
     """
     folder, _, name = relative.rpartition("/")
     with open_folder(root, folder) as descriptor:
-        file = os.fdopen(os.open(name, _FILE, dir_fd=descriptor), "rb", buffering=0)
+        file = FileIO(os.open(name, _FILE, dir_fd=descriptor))
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", relative)
-        yield file  # type: ignore[misc]  # an unbuffered FileIO is all that file_digest needs
+        yield file
 
 
 def signature(root: Path, relative: str) -> Signature | None:
@@ -133,7 +135,7 @@ def signature(root: Path, relative: str) -> Signature | None:
 class _Stoppable:
     """A file whose reading ends with `Stopping` once `stop` is set."""
 
-    def __init__(self, file: BinaryIO, stop: threading.Event) -> None:
+    def __init__(self, file: FileIO, stop: threading.Event) -> None:
         self._file = file
         self._stop = stop
 
@@ -143,7 +145,7 @@ class _Stoppable:
     def readinto(self, buffer: Any) -> int:
         if self._stop.is_set():
             raise Stopping("stopped while hashing")
-        return self._file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+        return self._file.readinto(buffer)
 
 
 def md5(root: Path, relative: str, expected: Signature, stop: threading.Event) -> str:
@@ -156,16 +158,48 @@ def md5(root: Path, relative: str, expected: Signature, stop: threading.Event) -
     """
     with open_file(root, relative) as file:
         _check_signature(file, expected, relative)
-        digest = hashlib.file_digest(_Stoppable(file, stop), _new_md5)  # type: ignore[arg-type]
+        digest = _digest(_Stoppable(file, stop))
         _check_signature(file, expected, relative)
-    return digest.hexdigest()
+    return digest
 
 
-def _new_md5() -> Any:
-    return hashlib.md5(usedforsecurity=False)  # Alyx's `hash`; it guards against nobody
+def md5_of(path: Path, expected: Signature) -> str:
+    """Return the MD5 of any file, following links as the one who names it means to.
+
+    Raises:
+        FileChanged: It was not `expected` before or after it was read.
+        OSError: It cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        _check_signature(file, expected, str(path))
+        digest = _digest(file)
+        _check_signature(file, expected, str(path))
+    return digest
 
 
-def _check_signature(file: BinaryIO, expected: Signature, relative: str) -> None:
+def _digest(file: Any) -> str:
+    # Alyx's `hash`; it guards against accidents, not against people
+    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def occupied_revisions(session: Path, relative: str) -> set[str]:
+    """Return the revisions beside a file whose folder holds a file of the same name.
+
+    Args:
+        session: The session folder.
+        relative: The file's path below it, in a revision folder or not.
+    """
+    place = parse_dataset(relative)
+    return {
+        entry.name[1:-1]
+        for entry in os.scandir(session / place.collection)
+        if len(entry.name) > 2 and entry.name[0] == entry.name[-1] == "#"
+        # a dangling link occupies the name, too
+        if os.path.lexists(f"{entry.path}/{place.name}")
+    }
+
+
+def _check_signature(file: Any, expected: Signature, relative: str) -> None:
     status = os.fstat(file.fileno())
     if (status.st_size, status.st_mtime_ns) != (expected.size, expected.mtime_ns):
         raise FileChanged(f"{relative} was written to meanwhile")

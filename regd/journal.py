@@ -133,7 +133,7 @@ class Journal:
             elif version != SCHEMA_VERSION:
                 raise NeedsHuman(
                     f"the journal {self.path} is of another version of regd ({version})",
-                    hint="install that version, or move the journal away: the next scan rebuilds it",
+                    hint="install that version, or move the journal away: a scan rebuilds it",
                 )
 
     def close(self) -> None:
@@ -262,7 +262,8 @@ class Journal:
                                      ELSE due_at END,
                     hinted_at = CASE WHEN state = 'working'
                                      THEN min(coalesce(hinted_at, :due_at), :due_at) END,
-                    changed_at = CASE WHEN state IN ('waiting', 'working') THEN changed_at ELSE :now END,
+                    changed_at = CASE WHEN state IN ('waiting', 'working') THEN changed_at
+                                      ELSE :now END,
                     state     = CASE WHEN state IN ('done', 'held') THEN 'waiting'
                                      WHEN state = 'parked' AND :flagged THEN 'waiting'
                                      ELSE state END
@@ -297,9 +298,11 @@ class Journal:
 
     def next_due_at(self) -> float | None:
         """Return when the next waiting or held session is due, or None if there is none."""
-        return self._rows("SELECT min(due_at) FROM session WHERE state IN ('waiting', 'held')")[0][
-            0
-        ]  # type: ignore[no-any-return]
+        due_at: float | None
+        ((due_at,),) = self._rows(
+            "SELECT min(due_at) FROM session WHERE state IN ('waiting', 'held')"
+        )
+        return due_at
 
     def release(
         self,
@@ -311,7 +314,7 @@ class Journal:
         reason: str | None = None,
         hint: str | None = None,
     ) -> None:
-        """Give a claimed session back in its next state; a hint that came meanwhile keeps it due."""
+        """Give a claimed session back in its next state; what came up meanwhile keeps it due."""
         with self._write() as db:
             db.execute(
                 """

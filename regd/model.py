@@ -107,3 +107,17 @@ class Dataset:
     md5: str
     size: int | None
     protected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FileToPost:
+    """What Alyx is told of one file."""
+
+    path: str
+    """below the session folder"""
+    size: int
+    """bytes"""
+    md5: str | None = None
+    """None where the file is too large to be hashed"""
+    version: str | None = None
+    """of the software that made it"""
