@@ -1,0 +1,187 @@
+"""Running the sandbox: inside a test or a demo (`Server`), or as a command (`serve`)."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import uvicorn
+from starlette.middleware import Middleware
+
+from regd.sandbox.app import make_app
+from regd.sandbox.store import Store
+from regd.sandbox.throttle import Throttle
+
+Lab = str | Path | Mapping[str, Any] | None
+DEFAULT_RATE = "550/minute"
+_REMEMBERED = 100_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request the sandbox answered."""
+
+    method: str
+    path: str
+    status: int
+
+
+class PortInUseError(OSError):
+    """Something else listens there; the message says what to do."""
+
+
+class _Quiet(uvicorn.Server):
+    """A uvicorn server that says when it is up."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+
+class Server:
+    """The sandbox in a thread of this process: `with Server() as server: server.url`.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        db: SQLite file, or `:memory:`. A file that holds a lab already is used as it is.
+        load: The lab to start from: a JSON file, its content, or None for the built-in one.
+        rate_limit: Requests a user may make, such as `550/minute`; None for no limit.
+        middleware: Starlette middleware around everything, to delay or break answers.
+
+    Raises:
+        LoadError: The lab or the database file is not usable.
+        RateError: The rate limit cannot be read.
+        PortInUseError: Something else listens on that address.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        db: str | Path = ":memory:",
+        load: Lab = None,
+        rate_limit: str | None = DEFAULT_RATE,
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
+        """Open the database and the port; nothing is answered before `start`."""
+        throttle = Throttle(rate_limit)
+        self.store = Store(str(db))
+        self.requests: deque[Asked] = deque(maxlen=_REMEMBERED)
+        """What was asked, oldest first; the last hundred thousand."""
+        try:
+            if self.store.is_empty:
+                self.store.load(load)
+            self._socket = _listen(host, port)
+        except BaseException:
+            self.store.close()
+            raise
+        self.host, self.port = host, self._socket.getsockname()[1]
+        app = make_app(self.store, throttle, tuple(middleware), self._note)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", ws="none",
+            timeout_graceful_shutdown=2, server_header=False,
+        )  # fmt: skip
+        self._server = _Quiet(config)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """The address to give to clients."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def start(self) -> Self:
+        """Answer from now on, in a thread; it is up when this returns."""
+        self._thread = threading.Thread(target=self._run, name="sandbox", daemon=True)
+        self._thread.start()
+        self._server.up.wait()
+        return self
+
+    def stop(self) -> None:
+        """Finish what is being answered, and close the port and the database."""
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join()
+        self._close()
+
+    def run(self) -> None:
+        """Answer in this thread until SIGINT or SIGTERM."""
+        try:
+            self._run()
+        finally:
+            self._close()
+
+    def _run(self) -> None:
+        self._server.run(sockets=[self._socket])
+
+    def _close(self) -> None:
+        self._socket.close()
+        self.store.close()
+
+    def _note(self, method: str, path: str, status: int) -> None:
+        self.requests.append(Asked(method, path, status))
+
+    def __enter__(self) -> Self:
+        """Start."""
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        raise PortInUseError(
+            f"cannot listen on {host}:{port} ({error.strerror}): give another --port, or 0 for any"
+        ) from None
+    return sock
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    db: str | Path = ":memory:",
+    load: Lab = None,
+    rate_limit: str | None = DEFAULT_RATE,
+) -> None:
+    """Run the sandbox until SIGTERM or SIGINT, saying where it listens and who may log in.
+
+    Raises what `Server` raises.
+    """
+    server = Server(host, port, db, load, rate_limit)
+    _announce(server, str(db))
+    server.run()
+
+
+def _announce(server: Server, db: str) -> None:
+    lines = [
+        f"Alyx sandbox at {server.url} (database: {db})",
+        "It is for trials and tests. It is not a database to keep data in.",
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
