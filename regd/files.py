@@ -276,3 +276,21 @@ def remove_flag(root: Path, folder: str, flag: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def drop_second_name(root: Path, folder: str, old: str, new: str) -> None:
+    """Remove `old` if it is the same file as `new`: a move that a crash left half done."""
+    old_folder, _, old_name = old.rpartition("/")
+    new_folder, _, new_name = new.rpartition("/")
+    with (
+        open_folder(root, f"{folder}/{old_folder}") as old_fd,
+        open_folder(root, f"{folder}/{new_folder}") as new_fd,
+    ):
+        try:
+            first = os.stat(old_name, dir_fd=old_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if os.path.samestat(first, os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)):
+            os.fsync(new_fd)
+            os.unlink(old_name, dir_fd=old_fd)
+            os.fsync(old_fd)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import UUID
 
-import structlog
 from iblutil.util import Bunch, ensure_list
 
 from regd import files
@@ -35,18 +33,14 @@ from regd.errors import (
     SessionNotFound,
     SubjectNotFound,
 )
+from regd.logs import get_logger
 from regd.model import Dataset, DatasetPath, FileToPost, Revision, SessionPath, Signature
 from regd.paths import find_session, parse_dataset
 from regd.revisions import choose_destination
 from regd.settings import Settings
 
 _CATALOGUE_S = 600.0  # how long Alyx's dataset types and data formats are taken as known
-_log = structlog.wrap_logger(
-    # through logging, so that a script that uses the library decides what it wants to see
-    logging.getLogger("regd"),
-    processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
-    wrapper_class=structlog.stdlib.BoundLogger,
-)
+_log = get_logger()
 
 Record = dict[str, Any]
 
@@ -305,7 +299,7 @@ class RegistrationClient:
             "number": int(session.number),
         }
         found = self.alyx.pages("/sessions", query)
-        # Alyx's filter on the subject takes a part of the name for the whole
+        # only this very subject is meant, whatever the server's filter takes for equal
         return [record for record in found if record["subject"] == session.subject]
 
     def create_session(self, session: SessionPath, fields: Mapping[str, Any]) -> Record:

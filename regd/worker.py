@@ -1,0 +1,630 @@
+"""The job of one session, stage by stage: create, collect, compare, place, post, unflag.
+
+Each stage's effect comes before its commit, so a crash between them runs the stage again, and each
+can be run again. What a session's failure means is decided in one place, `Worker.step`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import os
+import random
+import re
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from regd import files
+from regd.errors import (
+    AlyxAway,
+    AlyxFault,
+    DatasetsProtected,
+    FileChanged,
+    FileRefused,
+    InvalidPath,
+    NeedsHuman,
+    NoDatasetType,
+    PathTaken,
+    RevisionProtected,
+    Stopping,
+    TryLater,
+    Unauthorized,
+)
+from regd.journal import FileRow, Journal, SessionRow
+from regd.logs import bound_contextvars, get_logger
+from regd.model import (
+    Dataset,
+    FileState,
+    FileToPost,
+    Revision,
+    SessionPath,
+    SessionState,
+)
+from regd.paths import is_utf8, parse_dataset, printable
+from regd.registration import RegistrationClient, is_protected, read_histories
+from regd.retries import backoff_s
+from regd.revisions import choose_destination
+from regd.settings import Settings
+from regd.settle import Stillness
+
+NOT_ON_ALYX = "Alyx does not know this session, and it has no flag"
+_HELD_LONGEST_S = 6 * 3600.0  # a held session is looked up again after this long at most
+_UNKNOWN_OUTCOME_S = 15.0  # a request given up may still take effect on the server for a while
+_FLUSH_S = 2.0  # hashes are written down at least this often
+_log = get_logger()
+
+
+class Gate:
+    """Keeps all workers from Alyx while it is away; whoever finds out closes it.
+
+    Args:
+        clock: Monotonic seconds.
+        chance: A number in [0, 1), for jitter.
+    """
+
+    def __init__(self, clock: Callable[[], float], chance: Callable[[], float]) -> None:
+        self._clock = clock
+        self._chance = chance
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._next_try_at = 0.0
+        self.reason: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether Alyx is thought to work."""
+        return self.reason is None
+
+    def close(self, error: TryLater | Unauthorized) -> None:
+        """Note that Alyx does not work."""
+        with self._lock:
+            self._failures += 1
+            wait_s = backoff_s(self._failures, 2.0, 60.0, self._chance)
+            if isinstance(error, TryLater):
+                wait_s = max(wait_s, error.after_s or 0.0)
+            self._next_try_at = self._clock() + wait_s
+            self.reason = str(error)
+
+    def open(self) -> None:
+        """Note that Alyx works."""
+        with self._lock:
+            self._failures = 0
+            self.reason = None
+
+    def probe_in_s(self) -> float:
+        """Return the seconds until Alyx should be tried again; 0 if that is now."""
+        return max(0.0, self._next_try_at - self._clock())
+
+
+@dataclass(frozen=True, slots=True)
+class _Next:
+    """What becomes of a session after its job."""
+
+    state: SessionState
+    due_at: float = 0.0
+    attempt: int = 0
+    reason: str | None = None
+    hint: str | None = None
+
+
+@dataclass(slots=True)
+class Worker:
+    """Does the jobs of sessions; several may share everything but the thread.
+
+    Attributes:
+        root: The data root, resolved.
+        settings: What to register, and how.
+        journal: What is known and due.
+        client: The way to Alyx.
+        stillness: When files were last seen to change; guarded by `stillness_lock`.
+        ignored: Matches ``'/' + path below the root`` of what is never looked at.
+        gate: Closed while Alyx is away.
+        stop: Set when regd is to end; work in hand is put back.
+        now: Seconds since 1970.
+        clock: Monotonic seconds.
+        today: The rig's local date.
+        chance: A number in [0, 1), for jitter.
+    """
+
+    root: Path
+    settings: Settings
+    journal: Journal
+    client: RegistrationClient
+    stillness: Stillness
+    ignored: re.Pattern[str]
+    gate: Gate
+    stop: threading.Event
+    now: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.monotonic
+    today: Callable[[], datetime.date] = datetime.date.today
+    chance: Callable[[], float] = random.random
+    stillness_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def step(self) -> bool:
+        """Do the job of one due session, as far as it goes; return False if none was due.
+
+        A session's own failure never escapes: it becomes the row's next state.
+
+        Raises:
+            sqlite3.Error: The journal is unusable: let systemd start a new process.
+        """
+        if not self.gate.is_open or self.stop.is_set():
+            return False
+        row = self.journal.claim()
+        if row is None:
+            return False
+        with bound_contextvars(session=row.folder, attempt=row.attempt + 1):
+            after = self._attempt(row)
+        self.journal.release(
+            row.id,
+            after.state,
+            due_at=after.due_at,
+            attempt=after.attempt,
+            reason=after.reason,
+            hint=after.hint,
+        )
+        return True
+
+    def _attempt(self, row: SessionRow) -> _Next:
+        try:
+            return self._job(row)
+        except Stopping:
+            return _Next(SessionState.WAITING, self.now(), row.attempt, row.reason, row.hint)
+        except (AlyxAway, Unauthorized) as error:
+            # an outage: nobody's failure, so it counts as no attempt
+            self.gate.close(error)
+            unknown = isinstance(error, AlyxAway) and error.unknown_outcome
+            due_at = self.now() + (_UNKNOWN_OUTCOME_S if unknown else 0.0)
+            return _Next(SessionState.WAITING, due_at, row.attempt, error.reason, error.hint)
+        except TryLater as error:
+            return self._again(row, error)
+        except NeedsHuman as error:
+            return self._park(row, error.reason, error.hint)
+        except OSError as error:
+            return self._again(row, _of_disk(error))
+
+    def _again(self, row: SessionRow, error: TryLater) -> _Next:
+        attempt = row.attempt + 1
+        retry = self.settings.retry
+        if attempt >= retry.attempts:
+            return self._park(row, f"{error.reason} (tried {attempt} times)", error.hint)
+        wait_s = backoff_s(attempt, retry.first_s, retry.longest_s, self.chance)
+        wait_s = max(wait_s, error.after_s or 0.0)
+        _log.warning(
+            "session.retried", reason=error.reason, hint=error.hint, wait_s=round(wait_s, 1)
+        )
+        return _Next(SessionState.WAITING, self.now() + wait_s, attempt, error.reason, error.hint)
+
+    def _park(self, row: SessionRow, reason: str, hint: str) -> _Next:
+        _log.error("session.parked", reason=reason, hint=hint)
+        return _Next(SessionState.PARKED, 0.0, row.attempt, reason, hint or "then: regd retry")
+
+    # --- the job ---------------------------------------------------------------------------------
+
+    def _job(self, row: SessionRow) -> _Next:
+        session = row.path
+        try:
+            flagged = self._sees_flag(row)
+        except FileNotFoundError:
+            return self._gone(row)
+        if row.eid is None:
+            found = self._identify(row, session, flagged)
+            if found is None:
+                return self._hold(row)
+            row = found
+        with bound_contextvars(eid=row.eid):
+            wait_s = None
+            if self.settings.register.files:
+                wait_s = self._collect(row)
+                self._register(row, session)
+            if flagged:
+                self._unflag(row)
+        if wait_s is None:
+            return _Next(SessionState.DONE)
+        return _Next(SessionState.WAITING, self.now() + wait_s, reason="files are being written")
+
+    def _gone(self, row: SessionRow) -> _Next:
+        """Say what becomes of a session whose folder is not there."""
+        if not os.path.isdir(self.root) or not any(os.scandir(self.root)):
+            raise TryLater(
+                f"the data root {self.root} is empty or gone", hint="mount it again", after_s=30.0
+            )
+        _log.warning("session.vanished")
+        return _Next(SessionState.DONE, reason="its folder is no longer there")
+
+    def _sees_flag(self, row: SessionRow) -> bool:
+        with files.open_folder(self.root, row.folder) as descriptor:
+            try:
+                flag = os.stat(self.settings.flag, dir_fd=descriptor, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+        if stat.S_ISDIR(flag.st_mode):
+            raise NeedsHuman(
+                f"the flag {self.settings.flag} is a folder", hint="remove it, then: regd retry"
+            )
+        return True
+
+    # --- create ----------------------------------------------------------------------------------
+
+    def _identify(self, row: SessionRow, session: SessionPath, flagged: bool) -> SessionRow | None:
+        """Find the session on Alyx, or create it if it is flagged; None if it is neither."""
+        found = self.client.search_sessions(session)
+        if len(found) > 1:
+            eids = ", ".join(str(record["id"]) for record in found)
+            raise NeedsHuman(
+                f"Alyx has {len(found)} sessions {session.alyx_path}: {eids}",
+                hint="delete or renumber all but one on Alyx, then: regd retry",
+            )
+        if found:
+            eid, new = str(found[0]["id"]), False
+        elif flagged:
+            users = self.settings.register.users
+            record = self.client.create_session(session, {"users": users} if users else {})
+            eid, new = str(record["id"]), True
+            _log.info("session.created", eid=eid)
+        else:
+            return None
+        # a session just created holds nothing that the journal could not know
+        self.journal.identify(row.id, eid, doubt=not new)
+        return replace(row, eid=eid, doubt=not new)
+
+    def _hold(self, row: SessionRow) -> _Next:
+        known = self.journal.files(row.id)
+        if self.settings.register.files:
+            seen = [
+                FileRow(f.path, FileState.SETTLING, f.signature, reason="its session is held")
+                for f in self._walk(row.folder)
+                if f.kind == "file" and is_utf8(f.path) and f.path not in known
+            ]
+            self.journal.write_files(row.id, seen)
+        hint = f"put a {self.settings.flag} into its folder, or create it on Alyx"
+        if row.reason != NOT_ON_ALYX:
+            _log.warning("session.held", reason=NOT_ON_ALYX, hint=hint)
+        attempt = row.attempt + 1
+        wait_s = backoff_s(attempt, self.settings.scan.every_s, _HELD_LONGEST_S, self.chance)
+        return _Next(SessionState.HELD, self.now() + wait_s, attempt, NOT_ON_ALYX, hint)
+
+    # --- collect ---------------------------------------------------------------------------------
+
+    def _walk(self, folder: str) -> Iterable[files.Found]:
+        flag = self.settings.flag
+        for found in files.walk(self.root / folder, self.ignored.fullmatch, f"/{folder}"):
+            if found.path != flag:
+                yield found
+
+    def _collect(self, row: SessionRow) -> float | None:
+        """Bring the journal up to date with the session's folder, hashing what has settled.
+
+        Returns:
+            The seconds until the next file may have settled, or None if none is being written.
+        """
+        self._finish_moves(row)
+        known = self.journal.files(row.id)
+        seen: set[str] = set()
+        rows: list[FileRow] = []
+        wait_s: float | None = None
+        flushed_at = self.clock()
+        for found in self._walk(row.folder):
+            key = found.path if is_utf8(found.path) else printable(found.path)
+            seen.add(key)
+            old = known.get(key)
+            if old is not None and _is_settled_row(old) and old.signature == found.signature:
+                continue
+            looked = self._look(row, key, found, old)
+            rows.append(looked)
+            if looked.state is FileState.SETTLING:
+                remaining_s = self._remaining_s(f"{row.folder}/{found.path}", found)
+                wait_s = min(wait_s if wait_s is not None else remaining_s, remaining_s)
+            if self.clock() - flushed_at > _FLUSH_S:
+                self.journal.write_files(row.id, rows)
+                rows, flushed_at = [], self.clock()
+        gone = [
+            path
+            for path, old in known.items()
+            # what was registered stays known: the rig may be cleared, a mount may come back
+            if path not in seen and old.state is not FileState.REGISTERED
+        ]
+        for path in gone:
+            _log.info("file.vanished", path=path)
+        self.journal.write_files(row.id, rows, gone)
+        return wait_s
+
+    def _look(self, row: SessionRow, key: str, found: files.Found, old: FileRow | None) -> FileRow:
+        """Return the row of a file that is new or changed."""
+        new = FileRow(
+            key,
+            FileState.SETTLING,
+            found.signature,
+            md5=old.md5 if old else None,
+            dataset_id=old.dataset_id if old else None,
+            first_seen_at=old.first_seen_at
+            if old and old.state is FileState.SETTLING
+            else self.now(),
+        )
+        try:
+            _check_kind(key, found)
+            self.client.check_name(found.path)
+            full = f"{row.folder}/{found.path}"
+            if self._remaining_s(full, found) > 0:
+                return self._still_settling(new)
+            md5 = None
+            if self._is_hashed(found.signature.size):
+                md5 = files.md5(self.root, full, found.signature, self.stop)
+        except (InvalidPath, NoDatasetType, NeedsHuman) as error:
+            return self._refused(new, error, old)
+        except FileChanged:
+            return new
+        except OSError as error:
+            return self._refused(new, _of_disk(error), old)
+        with self.stillness_lock:
+            self.stillness.forget(full)
+        if old is not None and old.dataset_id and md5 is not None and old.md5 == md5:
+            # touched, or written again with the same content: Alyx has it as it is
+            return replace(new, state=FileState.REGISTERED, md5=md5)
+        return replace(new, state=FileState.READY, md5=md5)
+
+    def _is_hashed(self, size: int) -> bool:
+        limit = self.settings.register.max_md5_size
+        return limit is None or size < limit
+
+    def _refused(self, new: FileRow, error: NeedsHuman | TryLater, old: FileRow | None) -> FileRow:
+        if old is None or old.reason != error.reason:
+            _log.warning("file.refused", path=new.path, reason=error.reason, hint=error.hint)
+        return replace(new, state=FileState.REFUSED, reason=error.reason, hint=error.hint)
+
+    def _still_settling(self, new: FileRow) -> FileRow:
+        waited_s = self.now() - new.first_seen_at
+        if waited_s < self.settings.settle.max_wait_s:
+            return new
+        reason = f"still being written after {waited_s / 3600:.0f} h"
+        return replace(new, reason=reason, hint="is a program still writing to it?")
+
+    def _remaining_s(self, full: str, found: files.Found) -> float:
+        untouched_s = self.now() - found.touched_ns / 1e9
+        with self.stillness_lock:
+            return self.stillness.remaining_s(
+                full,
+                found.signature,
+                # stamps of the future come from another clock, or from one that jumped
+                untouched_s if untouched_s >= 0 else None,
+                self.clock(),
+            )
+
+    def _finish_moves(self, row: SessionRow) -> None:
+        """Bring to an end every move that a crash interrupted; a file is found at either end."""
+        for old in self.journal.files(row.id).values():
+            if old.state is not FileState.PLACING or old.move_to is None:
+                continue
+            source = files.signature(self.root, f"{row.folder}/{old.path}")
+            target = files.signature(self.root, f"{row.folder}/{old.move_to}")
+            if target == old.signature:
+                files.drop_second_name(self.root, row.folder, old.path, old.move_to)
+                self._moved(row, old)
+            elif source == old.signature and target is None:
+                self._move(row, old)
+            else:
+                # changed meanwhile, or the name was taken: look at it afresh
+                self.journal.write_files(row.id, [], [old.path])
+
+    # --- compare ---------------------------------------------------------------------------------
+
+    def _compare(self, row: SessionRow, rows: Sequence[FileRow]) -> list[FileRow]:
+        """Mark as registered what Alyx holds already; return the rest."""
+        assert row.eid is not None
+        held = {dataset.place: dataset for dataset in self.client.datasets(row.eid)}
+        known = [
+            replace(r, state=FileState.REGISTERED, dataset_id=dataset.id)
+            for r in rows
+            if (dataset := held.get(parse_dataset(r.path))) is not None and _same(r, dataset)
+        ]
+        self.journal.write_files(row.id, known)
+        for r in known:
+            _log.info("file.known", path=r.path, id=r.dataset_id)
+        paths = {r.path for r in known}
+        return [r for r in rows if r.path not in paths]
+
+    # --- place and post --------------------------------------------------------------------------
+
+    def _register(self, row: SessionRow, session: SessionPath) -> None:
+        """Register every ready file, chunk by chunk."""
+        size = self.settings.register.chunk_files
+        doubt = row.doubt
+        while True:
+            if self.stop.is_set():
+                raise Stopping("stopped between two requests")
+            ready = [r for r in self.journal.files(row.id).values() if r.state is FileState.READY]
+            if ready and doubt:
+                ready = self._compare(row, ready)
+                doubt = False
+            if not ready:
+                break
+            try:
+                if not self._post_chunk(row, session, ready[:size]):
+                    size = max(1, size // 2)
+                    doubt = True
+            except (AlyxAway, AlyxFault):
+                self.journal.set_doubt(row.id, True)
+                raise
+        if row.doubt:
+            self.journal.set_doubt(row.id, False)
+
+    def _post_chunk(self, row: SessionRow, session: SessionPath, chunk: list[FileRow]) -> bool:
+        """Register some ready files; False if Alyx refused one without saying which."""
+        chunk = self._unwritten(row, chunk)
+        if not chunk:
+            return True
+        try:
+            self._post(row, session, chunk, checked=True)
+        except DatasetsProtected as refusal:
+            self._place_and_post(row, session, chunk, read_histories(refusal))
+        except FileRefused as refusal:
+            bad = [r for r in chunk if refusal.name and _is_named(r, session, refusal.name)]
+            if not bad and len(chunk) > 1:
+                return False
+            self.client.forget_types()
+            refused = [self._refused(r, refusal, None) for r in bad or chunk]
+            self.journal.write_files(row.id, refused)
+            # those before the bad file are registered, those after it are not
+            self._compare(row, [r for r in chunk if r not in bad])
+        return True
+
+    def _unwritten(self, row: SessionRow, chunk: list[FileRow]) -> list[FileRow]:
+        """Return the files that are still what was hashed; the others settle again."""
+        same = []
+        for r in chunk:
+            if files.signature(self.root, f"{row.folder}/{r.path}") == r.signature:
+                same.append(r)
+            else:
+                self.journal.write_files(row.id, [replace(r, state=FileState.SETTLING)])
+        return same
+
+    def _post(
+        self, row: SessionRow, session: SessionPath, rows: Sequence[FileRow], *, checked: bool
+    ) -> None:
+        register = self.settings.register
+        versions = register.versions if isinstance(register.versions, str) else None
+        options: dict[str, Any] = {
+            "name": self.settings.repository,
+            "exists": register.exists,
+            "server_only": register.server_only,
+            "default": register.default,
+        }
+        if created_by := register.created_by or self.client.alyx.user:
+            options["created_by"] = created_by
+        items = [FileToPost(r.path, r.signature.size, r.md5, versions) for r in rows]
+        records = self.client.post_files(session, items, checked=checked, options=options)
+        done = [
+            replace(r, state=FileState.REGISTERED, dataset_id=str(records[r.path]["id"]))
+            for r in rows
+        ]
+        self.journal.write_files(row.id, done)
+        for r in done:
+            _log.info("file.registered", path=r.path, size_bytes=r.signature.size, id=r.dataset_id)
+
+    def _place_and_post(
+        self,
+        row: SessionRow,
+        session: SessionPath,
+        chunk: Sequence[FileRow],
+        histories: dict[str, list[Revision]],
+    ) -> None:
+        """Move protected files to where Alyx takes them, and register them there.
+
+        The unprotected ones of the chunk stay ready for the next request.
+        """
+        protected = [r for r in chunk if is_protected(histories.get(r.path, []))]
+        placed = []
+        # Alyx checks by name: one that it holds with this very content must not be moved
+        for r in self._compare(row, protected):
+            try:
+                target = choose_destination(
+                    PurePosixPath(r.path),
+                    histories[r.path],
+                    self.today(),
+                    files.occupied_revisions(self.root / row.folder, r.path),
+                ).as_posix()
+                if target != r.path:
+                    intent = replace(r, state=FileState.PLACING, move_to=target)
+                    self.journal.write_files(row.id, [intent])
+                    self.journal.durable()  # after a power cut the file is looked for at both ends
+                    r = self._move(row, intent)
+            except NeedsHuman as error:
+                self.journal.write_files(row.id, [self._refused(r, error, None)])
+            else:
+                placed.append(r)
+        if not placed:
+            return
+        try:
+            self._post(row, session, placed, checked=False)
+        except RevisionProtected as error:
+            raise AlyxFault(error.reason, after_s=1.0) from None
+
+    def _move(self, row: SessionRow, intent: FileRow) -> FileRow:
+        assert intent.move_to is not None
+        try:
+            files.move(self.root, row.folder, intent.path, intent.move_to)
+        except PathTaken as error:
+            back = replace(intent, state=FileState.READY, move_to=None)
+            self.journal.write_files(row.id, [back])
+            raise TryLater(error.reason, hint=error.hint) from None
+        return self._moved(row, intent)
+
+    def _moved(self, row: SessionRow, intent: FileRow) -> FileRow:
+        assert intent.move_to is not None
+        new = replace(
+            intent, path=intent.move_to, state=FileState.READY, move_to=None, dataset_id=None
+        )
+        self.journal.write_files(row.id, [new], [intent.path])
+        _log.info("file.moved", path=intent.path, target=new.path)
+        return new
+
+    # --- unflag ----------------------------------------------------------------------------------
+
+    def _unflag(self, row: SessionRow) -> None:
+        """Remove the flag: Alyx has the session, and every file is registered or written down."""
+        self.journal.durable()
+        try:
+            removed = files.remove_flag(self.root, row.folder, self.settings.flag)
+        except OSError as error:
+            raise NeedsHuman(
+                f"the flag {row.folder}/{self.settings.flag} cannot be removed: {error.strerror}",
+                hint="give regd's user the right to write in that folder, then: regd retry",
+            ) from None
+        self.journal.unflagged(row.id)
+        if removed:
+            _log.info("flag.removed", path=self.settings.flag)
+
+
+def _is_settled_row(row: FileRow) -> bool:
+    return row.state in (FileState.READY, FileState.REGISTERED, FileState.REFUSED)
+
+
+def _check_kind(key: str, found: files.Found) -> None:
+    if found.kind == "link":
+        raise InvalidPath(
+            f"{key} is a symbolic link, and links are not followed",
+            hint="put the file itself here, or name the link in watch.ignore",
+        )
+    if found.kind != "file":
+        raise InvalidPath(f"{key} is no regular file", hint="remove it, or name it in watch.ignore")
+    if found.signature.size == 0:
+        raise InvalidPath(
+            f"{key} is empty", hint="record it again, delete it, or name it in watch.ignore"
+        )
+
+
+def _same(row: FileRow, dataset: Dataset) -> bool:
+    if row.md5 is not None and dataset.md5:
+        return row.md5 == dataset.md5
+    # one side has no hash (max_md5_size): the size is all there is to go by
+    return row.md5 is None and row.signature.size == dataset.size
+
+
+def _is_named(row: FileRow, session: SessionPath, name: str) -> bool:
+    return name in (
+        parse_dataset(row.path).name,
+        row.path,
+        f"{session.alyx_path}/{row.path}",
+    )
+
+
+def _of_disk(error: OSError) -> TryLater:
+    """Return what a failure of the disk means, and what to do about it."""
+    hints = {
+        errno.EACCES: "give regd's user the right to read it",
+        errno.EPERM: "give regd's user the right to",
+        errno.ENOSPC: "free some space",
+        errno.EDQUOT: "free some space",
+        errno.EROFS: "mount it for writing",
+        errno.EIO: "check the disk: it fails to read",
+        errno.ELOOP: "a folder was replaced by a link; put the folder back",
+        errno.ENOTDIR: "a folder was replaced by something else; put it back",
+    }
+    where = printable(os.fsdecode(error.filename)) if error.filename else "the disk"
+    hint = hints.get(error.errno or 0, "check the disk")
+    return TryLater(f"{where}: {error.strerror or error}", hint=f"{hint}; then: regd retry")
