@@ -43,6 +43,8 @@ from pydantic_settings import (
 )
 
 PREFIX = "REGD_"
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 200  # a path is to be seen whole
 MASK = "********"
 
 # Names that are never data: hidden, temporary, half-copied, or put there by an operating system.
@@ -714,7 +716,9 @@ def _unknown(key: str, where: str) -> str:
 
 def _suggestion(key: str) -> str:
     near = difflib.get_close_matches(key, (*LEAVES, *SECTIONS), 1)
-    near = near or [leaf for leaf in LEAVES if leaf.split(".")[-1] == key.split(".")[-1]][:1]
+    if not near:  # perhaps the name alone, without its section
+        by_name = {leaf.split(".")[-1]: leaf for leaf in LEAVES}
+        near = [by_name[name] for name in difflib.get_close_matches(key.split(".")[-1], by_name, 1)]
     if near:
         return f"did you mean {near[0]}?"
     return "remove it (the README lists all settings)"
@@ -722,13 +726,13 @@ def _suggestion(key: str) -> str:
 
 def _printable(text: str) -> str:
     """Return `text` short and safe for any terminal or log."""
-    return text if text.isprintable() and len(text) <= 100 else reprlib.repr(text)[1:-1]
+    return text if text.isprintable() and len(text) <= 100 else _SHORT.repr(text)[1:-1]
 
 
 def _brief(value: object) -> str:
     """Return any value as a short text; `reprlib` alone fails at integers of many digits."""
     try:
-        return reprlib.repr(value)
+        return _SHORT.repr(value)
     except ValueError:
         return "a number too long to show"
 
