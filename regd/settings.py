@@ -283,7 +283,9 @@ class RegisterSettings(_Section):
         default=True,
         description="Tell Alyx that the files exist in `repository`; needs a repository.",
     )
-    max_md5_size: Annotated[OneOrMore | None, BeforeValidator(_blank_is_none)] = Field(
+    max_md5_size: Annotated[
+        Annotated[Count, Field(ge=0)] | None, BeforeValidator(_blank_is_none)
+    ] = Field(
         default=None,
         description="Bytes; files of this size and more get no MD5. Null: all get one.",
     )

@@ -183,6 +183,11 @@ def test_null_and_empty_in_the_environment(monkeypatch):
     assert Settings().workers == 4
 
 
+@pytest.mark.parametrize("size", [0, 1, None])
+def test_md5_for_none_some_or_all(size):
+    assert Settings(register={"max_md5_size": size}).register.max_md5_size == size
+
+
 def test_section_without_keys_and_file_without_settings(write):
     assert load(write("alyx:\n  # url: x\nworkers: 2\n")).settings.workers == 2
     assert load(write("# nothing\n")).settings == Settings()
