@@ -69,6 +69,10 @@ class AlyxThrottled(AlyxAway):
     """Alyx answered 429: too many requests by this user; `after_s` is its Retry-After."""
 
 
+class DataRootAway(TryLater):
+    """The data root is gone or empty, as when its disk is not mounted: no file is gone."""
+
+
 class AlyxFault(TryLater):
     """Alyx answered 500 to this very request, with a reason that does not say it is permanent."""
 

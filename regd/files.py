@@ -45,6 +45,11 @@ class Found:
     touched_ns: int
     kind: str
 
+    @property
+    def modified_s(self) -> float:
+        """When its content was last modified, seconds since 1970."""
+        return self.signature.mtime_ns / 1e9
+
 
 def walk(folder: Path, ignored: Any = None, prefix: str = "") -> Iterator[Found]:
     """Yield every file, link and special file below `folder`, following no link.

@@ -233,10 +233,19 @@ class Journal:
 
     # --- sessions --------------------------------------------------------------------------------
 
-    def note(self, session: SessionPath, *, due_at: float, flagged: bool = False) -> str | None:
+    def note(
+        self,
+        session: SessionPath,
+        *,
+        due_at: float,
+        flagged: bool = False,
+        new_flag: bool = False,
+        held_until: float | None = None,
+    ) -> str | None:
         """Note that a session may need work at `due_at`; make its row if it has none.
 
-        A parked session stays parked unless `flagged`: a new flag is a person saying go on.
+        A parked session stays parked unless there is a `new_flag`: a person saying go on. A held
+        one is looked at again when it has a flag, or else not before `held_until`.
 
         Returns:
             The folder of another row that is the same session on Alyx, in which case nothing is
@@ -255,18 +264,20 @@ class Journal:
                 INSERT INTO session (folder, subject, date, number, flagged, due_at, changed_at)
                 VALUES (:folder, :subject, :date, :number, :flagged, :due_at, :now)
                 ON CONFLICT (folder) DO UPDATE SET
-                    flagged   = flagged OR :flagged,
-                    due_at    = CASE WHEN state = 'waiting' THEN min(due_at, :due_at)
-                                     WHEN state IN ('done', 'held') THEN :due_at
-                                     WHEN state = 'parked' AND :flagged THEN :due_at
-                                     ELSE due_at END,
-                    hinted_at = CASE WHEN state = 'working'
-                                     THEN min(coalesce(hinted_at, :due_at), :due_at) END,
-                    changed_at = CASE WHEN state IN ('waiting', 'working') THEN changed_at
-                                      ELSE :now END,
-                    state     = CASE WHEN state IN ('done', 'held') THEN 'waiting'
-                                     WHEN state = 'parked' AND :flagged THEN 'waiting'
-                                     ELSE state END
+                    flagged    = flagged OR :flagged,
+                    state      = CASE WHEN state = 'done' OR (state = 'held' AND :flagged)
+                                        OR (state = 'parked' AND :new_flag)
+                                      THEN 'waiting' ELSE state END,
+                    due_at     = CASE WHEN state = 'done' OR (state = 'held' AND :flagged)
+                                        OR (state = 'parked' AND :new_flag) THEN :due_at
+                                      WHEN state = 'held' THEN min(due_at, :held_until)
+                                      WHEN state = 'waiting' THEN min(due_at, :due_at)
+                                      ELSE due_at END,
+                    hinted_at  = CASE WHEN state = 'working'
+                                      THEN min(coalesce(hinted_at, :due_at), :due_at) END,
+                    changed_at = CASE WHEN state = 'done' OR (state = 'held' AND :flagged)
+                                        OR (state = 'parked' AND :new_flag)
+                                      THEN :now ELSE changed_at END
                 """,
                 {
                     "folder": session.folder,
@@ -274,7 +285,9 @@ class Journal:
                     "date": date,
                     "number": number,
                     "flagged": flagged,
+                    "new_flag": new_flag,
                     "due_at": due_at,
+                    "held_until": due_at if held_until is None else held_until,
                     "now": self._now(),
                 },
             )
@@ -419,6 +432,16 @@ class Journal:
             session,
         )
         return {row[0]: _file(row) for row in rows}
+
+    def ready_files(self, session: int, limit: int) -> list[FileRow]:
+        """Return at most `limit` files that are ready to be registered; all of them if it is -1."""
+        rows = self._rows(
+            f"SELECT {_FILE_COLUMNS} FROM file"  # noqa: S608
+            " WHERE state = 'ready' AND session_id = ? ORDER BY path LIMIT ?",
+            session,
+            limit,
+        )
+        return [_file(row) for row in rows]
 
     def known(self, folder: str) -> tuple[SessionRow, dict[str, FileRow]] | None:
         """Return a session and its files, or None if it is not known."""

@@ -23,6 +23,7 @@ from regd import files
 from regd.errors import (
     AlyxAway,
     AlyxFault,
+    DataRootAway,
     DatasetsProtected,
     FileChanged,
     FileRefused,
@@ -55,6 +56,7 @@ from regd.settle import Stillness
 NOT_ON_ALYX = "Alyx does not know this session, and it has no flag"
 _HELD_LONGEST_S = 6 * 3600.0  # a held session is looked up again after this long at most
 _UNKNOWN_OUTCOME_S = 15.0  # a request given up may still take effect on the server for a while
+_PROBE_FIRST_S, _PROBE_LONGEST_S = 2.0, 60.0  # between two attempts to reach Alyx again
 _FLUSH_S = 2.0  # hashes are written down at least this often
 _log = get_logger()
 
@@ -72,33 +74,32 @@ class Gate:
         self._chance = chance
         self._lock = threading.Lock()
         self._failures = 0
-        self._next_try_at = 0.0
-        self.reason: str | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether Alyx is thought to work."""
-        return self.reason is None
+        self._next_probe_at = 0.0
+        self.error: TryLater | Unauthorized | None = None
 
     def close(self, error: TryLater | Unauthorized) -> None:
-        """Note that Alyx does not work."""
+        """Note that Alyx, or the data root, does not work."""
         with self._lock:
             self._failures += 1
-            wait_s = backoff_s(self._failures, 2.0, 60.0, self._chance)
+            wait_s = backoff_s(self._failures, _PROBE_FIRST_S, _PROBE_LONGEST_S, self._chance)
             if isinstance(error, TryLater):
                 wait_s = max(wait_s, error.after_s or 0.0)
-            self._next_try_at = self._clock() + wait_s
-            self.reason = str(error)
+            self._next_probe_at = self._clock() + wait_s
+            self.error = error
 
     def open(self) -> None:
-        """Note that Alyx works."""
+        """Note that they work."""
         with self._lock:
             self._failures = 0
-            self.reason = None
+            self.error = None
 
-    def probe_in_s(self) -> float:
-        """Return the seconds until Alyx should be tried again; 0 if that is now."""
-        return max(0.0, self._next_try_at - self._clock())
+    def take_probe(self) -> bool:
+        """Say whether it is time to try again, to the first who asks."""
+        with self._lock:
+            if self.error is None or self._clock() < self._next_probe_at:
+                return False
+            self._next_probe_at = self._clock() + _PROBE_LONGEST_S
+            return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Worker:
         Raises:
             sqlite3.Error: The journal is unusable: let systemd start a new process.
         """
-        if not self.gate.is_open or self.stop.is_set():
+        if self.gate.error is not None or self.stop.is_set():
             return False
         row = self.journal.claim()
         if row is None:
@@ -175,8 +176,8 @@ class Worker:
             return self._job(row)
         except Stopping:
             return _Next(SessionState.WAITING, self.now(), row.attempt, row.reason, row.hint)
-        except (AlyxAway, Unauthorized) as error:
-            # an outage: nobody's failure, so it counts as no attempt
+        except (AlyxAway, DataRootAway, Unauthorized) as error:
+            # an outage: no session's failure, so it counts as no attempt
             self.gate.close(error)
             unknown = isinstance(error, AlyxAway) and error.unknown_outcome
             due_at = self.now() + (_UNKNOWN_OUTCOME_S if unknown else 0.0)
@@ -230,11 +231,14 @@ class Worker:
 
     def _gone(self, row: SessionRow) -> _Next:
         """Say what becomes of a session whose folder is not there."""
-        if not os.path.isdir(self.root) or not any(os.scandir(self.root)):
-            raise TryLater(
-                f"the data root {self.root} is empty or gone", hint="mount it again", after_s=30.0
-            )
+        check_root(self.root)
         _log.warning("session.vanished")
+        unfinished = [
+            r.path
+            for r in self.journal.files(row.id).values()
+            if r.state is not FileState.REGISTERED
+        ]
+        self.journal.write_files(row.id, [], unfinished)
         return _Next(SessionState.DONE, reason="its folder is no longer there")
 
     def _sees_flag(self, row: SessionRow) -> bool:
@@ -355,7 +359,7 @@ class Worker:
             md5 = None
             if self._is_hashed(found.signature.size):
                 md5 = files.md5(self.root, full, found.signature, self.stop)
-        except (InvalidPath, NoDatasetType, NeedsHuman) as error:
+        except (InvalidPath, NoDatasetType) as error:
             return self._refused(new, error, old)
         except FileChanged:
             return new
@@ -578,6 +582,19 @@ class Worker:
         self.journal.unflagged(row.id)
         if removed:
             _log.info("flag.removed", path=self.settings.flag)
+
+
+def check_root(root: Path) -> None:
+    """Raise DataRootAway if the data root is gone or empty, as an unmounted one is."""
+    try:
+        with os.scandir(root) as entries:
+            empty = next(entries, None) is None
+    except OSError as error:
+        raise DataRootAway(
+            f"the data root {root} cannot be read: {error.strerror}", hint="mount it again"
+        ) from None
+    if empty:
+        raise DataRootAway(f"the data root {root} is empty", hint="is its disk mounted?")
 
 
 def _is_settled_row(row: FileRow) -> bool:

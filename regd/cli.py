@@ -1,0 +1,416 @@
+"""The command line. Thin: it reads arguments, calls one thing, and shows what came of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from regd import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from regd.journal import Journal
+    from regd.service import Progress
+    from regd.settings import Loaded, Settings
+    from regd.status import Report
+
+app = typer.Typer(
+    help="Registers every session recorded on this computer on the lab's Alyx database.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="The settings file; by default $REGD_CONFIG, or /etc/regd/regd.yaml if it is there.",
+        show_default=False,
+    ),
+]
+_DEFAULT_CONFIG = Path("/etc/regd/regd.yaml")
+
+
+def main() -> None:
+    """Run the command line; every failure is one line with what to do, and a status above 0."""
+    from regd.errors import RegdError
+    from regd.settings import SettingsError
+
+    try:
+        app()
+    except (RegdError, SettingsError, OSError, sqlite3.Error) as error:
+        for line in str(error).splitlines():
+            err.print(f"[red]regd:[/red] {escape(line)}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"regd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+def _load(config: Path | None) -> Loaded:
+    import os
+
+    from regd.settings import load
+
+    if config is None and "REGD_CONFIG" not in os.environ and _DEFAULT_CONFIG.exists():
+        config = _DEFAULT_CONFIG
+    return load(config)
+
+
+def _daemon_settings(config: Path | None) -> Settings:
+    from regd.logs import configure
+    from regd.settings import check_for_daemon
+
+    loaded = _load(config)
+    check_for_daemon(loaded.settings, loaded.origins)
+    settings = loaded.settings
+    secrets = [s.get_secret_value() for s in (settings.alyx.token, settings.alyx.password) if s]
+    configure(settings.log.level, settings.log.format, secrets=secrets)
+    return settings
+
+
+@contextmanager
+def _journal(settings: Settings, *, read_only: bool = False) -> Iterator[Journal]:
+    from regd.journal import FILE_NAME, Journal
+
+    journal = Journal(settings.state_dir / FILE_NAME, now=time.time, read_only=read_only)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+# --- run, scan -----------------------------------------------------------------------------------
+
+
+@app.command()
+def run(config: Config = None) -> None:
+    """Watch the data folder and register what appears there, until told to stop."""
+    from regd.service import Service, lock
+
+    settings = _daemon_settings(config)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with lock(settings.state_dir):
+        Service(settings, stop).run()
+
+
+@app.command()
+def scan(
+    config: Config = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Take old sessions, too, that nobody has flagged.")
+    ] = False,
+) -> None:
+    """Go through the data folder once and register what is there.
+
+    Waits for files that are still being written. Ends with status 0 when nothing is left, and with
+    1 when something needs a person: `regd status` says what.
+    """
+    from regd.logs import configure
+    from regd.service import AlreadyRunning, Service, lock
+    from regd.status import needs_human
+
+    settings = _daemon_settings(config)
+    if dry_run:
+        _show_dry_run(settings, everything)
+        return
+    if out.is_terminal:
+        configure("error", settings.log.format)  # the bar says the rest
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        with lock(settings.state_dir):
+            service = Service(settings, stop)
+            with _bar() as report:
+                service.run_once(everything=everything, report=report)
+    except AlreadyRunning:
+        with _journal(settings) as journal, _bar() as report:
+            _ask_daemon(journal, stop, everything, report)
+    with _journal(settings, read_only=True) as journal:
+        left = needs_human(journal)
+        _show_scan(journal, left)
+    raise typer.Exit(1 if left else 0)
+
+
+def _ask_daemon(journal: Journal, stop: threading.Event, everything: bool, report: Any) -> None:
+    """Have the running daemon scan, and wait until it has done what it found."""
+    from regd.service import progress, unfinished
+
+    err.print("a daemon is running: it does the scan", style="dim")
+    request = journal.ask_scan(everything=everything)
+    while not stop.wait(0.2):
+        report(progress(journal))
+        if journal.scan_done(request) and not unfinished(journal):
+            return
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    """Yield a function that shows a `Progress` on the terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("files"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("scanning", total=None)
+
+        def report(now: Progress) -> None:
+            bar.update(
+                task,
+                description=f"{now.sessions_left} sessions left",
+                completed=now.files_done,
+                total=now.files_done + now.files_left,
+            )
+
+        yield report
+
+
+def _show_dry_run(settings: Settings, everything: bool) -> None:
+    """Print what a scan would take on, without a daemon's lock and without writing anything."""
+    from regd.paths import ignore_matcher
+    from regd.scan import Scanner
+
+    assert settings.data_root is not None
+    ignored = ignore_matcher(settings.watch.ignore)
+    with _scratch_or_real_journal(settings) as journal:
+        scanner = Scanner(
+            settings.data_root.resolve(), settings, journal, ignored, threading.Event()
+        )
+        result = scanner.scan(time.time(), everything=everything, dry=True)
+    for folder in result.noted:
+        out.print(f"would look at  {escape(folder)}", soft_wrap=True)
+    for _, reason, hint in result.strays:
+        out.print(f"needs a person {escape(reason)}: {escape(hint)}", soft_wrap=True)
+    out.print(
+        f"{result.sessions} sessions with {result.files} files seen; "
+        f"{len(result.noted)} would be looked at; "
+        f"{result.backlog_sessions} old ones left alone (--all takes them)"
+    )
+
+
+@contextmanager
+def _scratch_or_real_journal(settings: Settings) -> Iterator[Journal]:
+    """Yield the journal for reading, or an empty one where there is none yet."""
+    import tempfile
+
+    from regd.journal import FILE_NAME, Journal
+
+    if (settings.state_dir / FILE_NAME).exists():
+        with _journal(settings, read_only=True) as journal:
+            yield journal
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / FILE_NAME, now=time.time)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+
+def _show_scan(journal: Journal, left: int) -> None:
+    from regd.model import FileState
+
+    sessions, in_files = journal.counts()
+    registered = in_files[FileState.REGISTERED]
+    done = f"{sum(sessions.values())} sessions known, {registered} files registered"
+    backlog = journal.fact("backlog") or {"sessions": 0}
+    if backlog["sessions"]:
+        done += f", {backlog['sessions']} old sessions left alone (regd scan --all takes them)"
+    out.print(done)
+    if left:
+        things = "1 thing needs" if left == 1 else f"{left} things need"
+        out.print(f"[yellow]{things} a person: regd status[/yellow]")
+
+
+# --- status, retry -------------------------------------------------------------------------------
+
+
+@app.command()
+def status(
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it for a program.")] = False,
+) -> None:
+    """Say what is registered, what waits, and what needs a person."""
+    from regd.status import report
+
+    settings = _load(config).settings
+    with _journal(settings, read_only=True) as journal:
+        facts = report(settings, journal)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    _show_status(facts)
+
+
+def _show_status(facts: Report) -> None:
+    alyx, daemon = facts["alyx"], facts["daemon"]
+    out.print(f"[bold]{escape(str(facts['data_root']))}[/bold]")
+    out.print(f"daemon   {'running' if daemon['running'] else '[yellow]not running[/yellow]'}")
+    if alyx["reachable"]:
+        out.print(f"Alyx     reachable at {escape(str(alyx['url']))}")
+    else:
+        what = f"{alyx['reason']} ({alyx['hint']})" if alyx["hint"] else alyx["reason"]
+        out.print(f"Alyx     [red]not reachable[/red]: {escape(str(what))}", soft_wrap=True)
+    for kind in ("sessions", "files"):
+        counts = ", ".join(f"{n} {state}" for state, n in facts[kind].items() if n)
+        out.print(f"{kind:8} {counts or 'none yet'}")
+    if facts["backlog"]["sessions"]:
+        out.print(
+            f"old      {facts['backlog']['sessions']} sessions without a flag left alone; "
+            "regd scan --all takes them"
+        )
+    _show_sessions("In work", facts["working"])
+    _show_sessions("Waiting", facts["waiting"])
+    _show_sessions("Held: files of sessions that Alyx does not know", facts["held"])
+    problems = [
+        *((s["session"], s["reason"], s["hint"]) for s in facts["parked"]),
+        *((f"{f['session']}/{f['path']}", f["reason"], f["hint"]) for f in facts["refused"]),
+        *((s["path"], s["reason"], s["hint"]) for s in facts["strays"]),
+    ]
+    if problems:
+        _show_table("Needs a person", ("what", "why", "what to do"), problems, "yellow")
+    elif not any(facts["sessions"].values()):
+        out.print("nothing seen yet")
+    else:
+        out.print("[green]nothing needs a person[/green]")
+
+
+def _show_sessions(title: str, sessions: list[Report]) -> None:
+    rows = [
+        (
+            s["session"],
+            ", ".join(f"{n} {state}" for state, n in s["files"].items()) or "-",
+            " - ".join(filter(None, (s["reason"], s["hint"]))) or "-",
+        )
+        for s in sessions
+    ]
+    if rows:
+        _show_table(title, ("session", "files", "why"), rows)
+
+
+def _show_table(
+    title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]], style: str = ""
+) -> None:
+    table = Table(*columns, title=title, title_justify="left", title_style=f"bold {style}")
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    out.print(table)
+
+
+@app.command()
+def retry(
+    session: Annotated[
+        str | None,
+        typer.Argument(help="The session's folder, as `regd status` shows it.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every parked or held session, and every refused file.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Put sessions back to work after a person has mended what was wrong."""
+    from regd.errors import InvalidInput
+
+    if (session is None) != everything:
+        raise InvalidInput("say which session to retry, or --all")
+    settings = _load(config).settings
+    folder = _folder_of(session, settings) if session else None
+    with _journal(settings) as journal:
+        if folder is not None and journal.session(folder) is None:
+            raise InvalidInput(
+                f"regd knows no session {folder}", hint="`regd status` shows how it is called"
+            )
+        count = journal.retry(folder)
+    out.print(f"{count} session{'' if count == 1 else 's'} put back to work")
+
+
+def _folder_of(session: str, settings: Settings) -> str:
+    """Return a session's folder below the data root, given as such or as a path on this disk."""
+    path = Path(session)
+    if path.is_absolute() and settings.data_root is not None:
+        root = settings.data_root.resolve()
+        if path.resolve().is_relative_to(root):
+            return path.resolve().relative_to(root).as_posix()
+    return session.strip("/")
+
+
+# --- config, sandbox, demo -----------------------------------------------------------------------
+
+
+@app.command(name="config")
+def show_config(config: Config = None) -> None:
+    """Print the settings in force and where each comes from; secrets are hidden."""
+    from regd.settings import rows
+
+    loaded = _load(config)
+    _show_table("Settings in force", ("key", "value", "from"), [tuple(r) for r in rows(loaded)])
+
+
+@app.command()
+def sandbox(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    db: Annotated[
+        str, typer.Option(help="An SQLite file, or :memory:.")
+    ] = ":memory:",
+    load: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file with the lab to start from.", show_default="a built-in lab"),
+    ] = None,
+    rate_limit: Annotated[
+        str, typer.Option(help="Requests a user may make, such as 550/minute, or none.")
+    ] = "550/minute",
+) -> None:
+    """Run an Alyx stand-in to try things on. Not a database to keep data in."""
+    try:
+        from regd.sandbox.server import serve
+    except ModuleNotFoundError as error:
+        from regd.errors import InvalidInput
+
+        raise InvalidInput(
+            f"the sandbox needs {error.name}", hint="pip install 'regd[sandbox]'"
+        ) from None
+    serve(host, port, db, load, None if rate_limit.lower() == "none" else rate_limit)

@@ -1,0 +1,439 @@
+"""The daemon: watcher, scanner and workers around one journal."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import random
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from regd.alyx import AlyxClient
+from regd.errors import (
+    DataRootAway,
+    InvalidInput,
+    InvalidPath,
+    NeedsHuman,
+    RegdError,
+    Stopping,
+    TryLater,
+    Unauthorized,
+)
+from regd.journal import FILE_NAME, Journal
+from regd.logs import Recurring, get_logger
+from regd.model import FileState, SessionState
+from regd.paths import could_become_session, ignore_matcher, parse_session, session_depth
+from regd.registration import RegistrationClient
+from regd.scan import Scanner, ScanResult
+from regd.settings import Settings
+from regd.settle import Stillness
+from regd.watch import Hint, Watcher
+from regd.worker import Gate, Worker, check_root
+
+STOP_WITHIN_S = 4.0
+"""How long what is in hand may take to finish after SIGTERM, in seconds."""
+_TICK_S = 1.0  # how often the journal is asked for what other processes want
+_REMIND_S = 3600.0
+_log = get_logger()
+
+
+class AlreadyRunning(NeedsHuman):
+    """Another regd works with this state folder."""
+
+
+@contextlib.contextmanager
+def lock(state_dir: Path) -> Iterator[None]:
+    """Hold the state folder for this process; make it if it is missing.
+
+    Raises:
+        AlreadyRunning: Another process holds it.
+        NeedsHuman: It cannot be made or written.
+    """
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (state_dir / "lock").open("a+")
+    except OSError as error:
+        raise NeedsHuman(
+            f"state_dir {state_dir} cannot be used: {error.strerror}",
+            hint="make it, and give it to regd's user",
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise AlreadyRunning(
+                f"another regd (process {holder}) works with {state_dir}",
+                hint="stop it, or give this one its own state_dir and data_root",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a one-time scan is.
+
+    Attributes:
+        sessions_left: Sessions that wait or are in work.
+        files_left: Files not registered yet.
+        files_done: Files registered.
+    """
+
+    sessions_left: int
+    files_left: int
+    files_done: int
+
+
+def progress(journal: Journal) -> Progress:
+    """Return how far the work in a journal is."""
+    sessions, in_files = journal.counts()
+    left = sessions[SessionState.WAITING] + sessions[SessionState.WORKING]
+    done, refused = in_files[FileState.REGISTERED], in_files[FileState.REFUSED]
+    return Progress(left, sum(in_files.values()) - done - refused, done)
+
+
+def unfinished(journal: Journal) -> bool:
+    """Say whether any session is in work, or waits for something other than another attempt."""
+    rows = journal.sessions(SessionState.WAITING, SessionState.WORKING)
+    return any(row.state is SessionState.WORKING or row.attempt == 0 for row in rows)
+
+
+class Service:
+    """Everything that runs, from settings alone; one at a time on a state folder.
+
+    Args:
+        settings: Complete for the daemon, as `regd.settings.check_for_daemon` checks.
+        stop: Set to end it.
+        client: The way to Alyx, if not by the settings.
+        now: Seconds since 1970.
+        clock: Monotonic seconds.
+        chance: A number in [0, 1), for jitter.
+
+    Raises:
+        NeedsHuman: The journal cannot be used.
+        InvalidInput: The settings contradict the journal.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        stop: threading.Event,
+        *,
+        client: RegistrationClient | None = None,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        if settings.data_root is None:
+            raise InvalidInput("data_root is not set", hint="set it in the settings file")
+        self.settings = settings
+        self.stop = stop
+        self.root = settings.data_root.resolve()
+        self._now = now
+        self._clock = clock
+        self._ignored: re.Pattern[str] = ignore_matcher(settings.watch.ignore)
+        self.journal = Journal(settings.state_dir / FILE_NAME, now=now)
+        self.journal.bind_root(self.root)
+        self.client = client or RegistrationClient(
+            AlyxClient.from_settings(settings, sleep=self._sleep),
+            chunk_files=settings.register.chunk_files,
+        )
+        self.gate = Gate(clock, chance)
+        self.scanner = Scanner(self.root, settings, self.journal, self._ignored, stop)
+        self.worker = Worker(
+            self.root,
+            settings,
+            self.journal,
+            self.client,
+            Stillness(settings.settle.quiet_s, settings.settle.closed_quiet_s),
+            self._ignored,
+            self.gate,
+            stop,
+            now=now,
+            clock=clock,
+            chance=chance,
+        )
+        self._hints: queue.SimpleQueue[Hint] = queue.SimpleQueue()
+        self._news = threading.Condition()
+        self._news_count = 0
+        self._failed: BaseException | None = None
+        self._away = Recurring(_log, "alyx.away", "alyx.back", every_s=_REMIND_S, clock=clock)
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Work until `stop` is set.
+
+        Raises:
+            sqlite3.Error: The journal became unusable: let systemd start a new process.
+        """
+        recovered = self.journal.recover()
+        _log.info(
+            "regd.started",
+            data_root=str(self.root),
+            alyx=self.client.alyx.base_url,
+            pid=os.getpid(),
+            recovered=recovered,
+        )
+        if self.settings.repository is None:
+            _log.warning(
+                "repository.unset",
+                reason="Alyx will mark every file as existing nowhere",
+                hint="set `repository` to the name of this disk's data repository on Alyx",
+            )
+        watcher = self._watch()
+        workers = self._start_workers()
+        try:
+            self._loop()
+        finally:
+            self.stop.set()
+            self._tell()
+            if watcher is not None:
+                watcher.stop()
+            self._end(workers)
+        if self._failed is not None:
+            raise self._failed
+
+    def run_once(
+        self, *, everything: bool, report: Callable[[Progress], None] = lambda _: None
+    ) -> ScanResult:
+        """Scan once, and work until nothing is left that time alone will finish.
+
+        Args:
+            everything: Whether to take old sessions, too, that have no flag and are unknown.
+            report: Called several times a second with how far it is.
+
+        Raises:
+            TryLater: Alyx is away; what is left waits in the journal.
+            Unauthorized: Alyx does not accept the credentials.
+        """
+        self.journal.recover()
+        result = self.scanner.scan(self._now(), everything=everything)
+        workers = self._start_workers()
+        try:
+            while not self.stop.is_set() and self._failed is None:
+                report(progress(self.journal))
+                if self.gate.error is not None:
+                    raise self.gate.error
+                if not unfinished(self.journal):
+                    break
+                self.stop.wait(0.05)  # a person watches the bar; the workers do not wait for this
+        finally:
+            self.stop.set()
+            self._tell()
+            self._end(workers)
+        if self._failed is not None:
+            raise self._failed
+        report(progress(self.journal))
+        return result
+
+    # --- threads ---------------------------------------------------------------------------------
+
+    def _start_workers(self) -> list[threading.Thread]:
+        threads = [
+            # a thread in the middle of a request must not keep the process from ending
+            threading.Thread(target=self._work, name=f"worker-{n}", daemon=True)
+            for n in range(self.settings.workers)
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def _work(self) -> None:
+        try:
+            while not self.stop.is_set():
+                seen = self._news_count
+                if self._probe() or self.worker.step():
+                    continue
+                with self._news:
+                    if self._news_count == seen:
+                        self._news.wait(self._idle_s())
+        except Exception as error:
+            if not self.stop.is_set():
+                _log.exception("worker.died")
+                self._failed = error
+                self.stop.set()
+                self._hints.put(Hint(""))
+
+    def _idle_s(self) -> float:
+        due_at = self.journal.next_due_at()
+        if due_at is None or self.gate.error is not None:
+            return _TICK_S
+        return min(_TICK_S, max(0.0, due_at - self._now()))
+
+    def _tell(self) -> None:
+        """Wake the workers: there may be something to do."""
+        with self._news:
+            self._news_count += 1
+            self._news.notify_all()
+
+    def _end(self, workers: list[threading.Thread]) -> None:
+        """Give work in hand a few seconds, put back what is left, and close the journal."""
+        deadline = time.monotonic() + STOP_WITHIN_S
+        for thread in workers:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        put_back = 0
+        with contextlib.suppress(sqlite3.Error):
+            put_back = self.journal.recover()
+        _log.info("regd.stopped", put_back=put_back)
+
+    def _sleep(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise Stopping("stopped while waiting for Alyx")
+
+    # --- Alyx away -------------------------------------------------------------------------------
+
+    def _probe(self) -> bool:
+        """Try Alyx again if it was away and it is time; return whether it was tried."""
+        error = self.gate.error
+        if error is None:
+            return False
+        self._away.failed(reason=error.reason, hint=error.hint)
+        if not self.gate.take_probe():
+            return False
+        try:
+            check_root(self.root)
+            self.client.alyx.get("/data-formats", {"limit": 1})
+        except Stopping:
+            return False
+        except (TryLater, Unauthorized) as again:
+            self.gate.close(again)
+        except RegdError as other:
+            self.gate.close(TryLater(other.reason, hint=other.hint))
+        else:
+            self.gate.open()
+            self._away.recovered()
+            self.journal.set_fact("alyx_away", None)
+            self._tell()
+        return True
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def _watch(self) -> Watcher | None:
+        if self.settings.watch.observer == "none":
+            return None
+        watcher = Watcher(self.root, self.settings.watch.observer, self._hints)
+        started_at = self._clock()
+        try:
+            watcher.start()
+        except NeedsHuman as error:
+            _log.error("watch.failed", reason=error.reason, hint=error.hint)
+            return None
+        _log.info("watch.started", took_s=round(self._clock() - started_at, 2))
+        return watcher
+
+    def _loop(self) -> None:
+        """Take hints, requests and the time as they come."""
+        next_scan_at = self._clock()
+        version = -1
+        everything = False
+        while not self.stop.is_set():
+            if self._clock() >= next_scan_at:
+                self._scan(everything=everything)
+                self.journal.finish_scans()
+                next_scan_at = self._clock() + self.settings.scan.every_s
+                everything = False
+            overflow = self._take_hints()
+            if overflow:
+                _log.warning("watch.overflowed", reason="events were lost: scanning")
+                next_scan_at = self._clock()
+            if (latest := self.journal.version()) != version:
+                version = latest
+                asked = self.journal.take_scan()
+                if asked is not None:
+                    next_scan_at, everything = self._clock(), asked
+                self._tell()
+
+    def _scan(self, *, everything: bool = False, below: str = "") -> None:
+        started_at = self._clock()
+        try:
+            check_root(self.root)
+            result = self.scanner.scan(self._now(), below=below, everything=everything)
+        except DataRootAway as error:
+            self.gate.close(error)
+            return
+        except OSError as error:
+            _log.warning("scan.failed", path=below, reason=str(error))
+            return
+        self._tell()
+        if below:
+            return
+        _log.info(
+            "scan.finished",
+            sessions=result.sessions,
+            files=result.files,
+            noted=len(result.noted),
+            strays=len(result.strays),
+            backlog_sessions=result.backlog_sessions,
+            took_s=round(self._clock() - started_at, 3),
+        )
+
+    def _take_hints(self) -> bool:
+        """Wait for hints for one tick at most, note what they say; return True on an overflow."""
+        try:
+            hint = self._hints.get(timeout=_TICK_S)
+        except queue.Empty:
+            return False
+        overflow = False
+        folders: set[str] = set()
+        while True:
+            overflow |= hint.overflow
+            if hint.path and not self._ignores(hint.path):
+                self._take_hint(hint, folders)
+            try:
+                hint = self._hints.get_nowait()
+            except queue.Empty:
+                break
+        for folder in folders - {""}:  # a file in the root itself is named by the next whole scan
+            self._scan(below=folder)
+        self._tell()
+        return overflow
+
+    def _ignores(self, path: str) -> bool:
+        parts = path.split("/")
+        if parts[-1] == self.settings.flag:
+            parts.pop()
+        return any(
+            self._ignored.fullmatch("/" + "/".join(parts[: n + 1])) for n in range(len(parts))
+        )
+
+    def _take_hint(self, hint: Hint, folders: set[str]) -> None:
+        """Note the session of a hint, or add the folder to scan for one outside any session."""
+        parts = tuple(hint.path.split("/"))
+        depth = session_depth(parts)
+        try:
+            session = parse_session(parts[:depth] if depth else parts)
+        except InvalidPath:
+            # the highest folder that can hold no session is the one to name to a person
+            wrong = (n for n in range(1, len(parts)) if not could_become_session(parts[:n]))
+            folders.add("/".join(parts[: next(wrong, len(parts) if hint.is_folder else -1)]))
+            return
+        settle = self.settings.settle
+        now = self._now()
+        is_flag = parts[depth:] == (self.settings.flag,)
+        if is_flag:
+            due_at = now
+        elif hint.finished:
+            with self.worker.stillness_lock:
+                self.worker.stillness.closed(hint.path, self._clock())
+            due_at = now + (0.0 if hint.is_folder else settle.closed_quiet_s)
+        else:
+            due_at = now + settle.quiet_s
+        self.journal.note(
+            session,
+            due_at=due_at,
+            flagged=is_flag,
+            new_flag=is_flag,
+            held_until=now + self.settings.scan.every_s,
+        )

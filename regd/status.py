@@ -1,0 +1,133 @@
+"""What a person is told: one report from the journal, for people and for programs."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from regd.alyx import AlyxClient
+from regd.errors import RegdError
+from regd.journal import FileRow, Journal
+from regd.model import FileState, SessionState
+from regd.settings import Settings
+
+_LISTED = 200  # sessions of one state that are listed one by one
+_ALYX_WITHIN_S = 5.0
+
+Report = dict[str, Any]
+
+
+def report(settings: Settings, journal: Journal) -> Report:
+    """Return all that `regd status` shows.
+
+    Args:
+        settings: Where Alyx and the state folder are.
+        journal: What is known.
+
+    Returns:
+        A dict that JSON can hold: ``data_root``, ``daemon``, ``alyx``, ``sessions`` and ``files``
+        (how many are in each state), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
+        ``refused``, ``placing`` (files), ``strays``, ``backlog``, ``needs_human`` (how many things
+        a person has to mend).
+    """
+    sessions, in_files = journal.counts()
+    refused = list(_grouped(journal.files_in(FileState.REFUSED)))
+    strays = [
+        {"path": path, "reason": reason, "hint": hint} for path, reason, hint in journal.strays()
+    ]
+    parked = _sessions(journal, SessionState.PARKED)
+    return {
+        "data_root": journal.fact("data_root"),
+        "daemon": {"running": is_running(settings.state_dir)},
+        "alyx": _alyx(settings),
+        "sessions": {str(state): count for state, count in sessions.items()},
+        "files": {str(state): count for state, count in in_files.items()},
+        "working": _sessions(journal, SessionState.WORKING),
+        "waiting": _sessions(journal, SessionState.WAITING),
+        "held": _sessions(journal, SessionState.HELD),
+        "parked": parked,
+        "refused": refused,
+        "strays": strays,
+        "backlog": journal.fact("backlog") or {"sessions": 0, "files": 0},
+        "needs_human": needs_human(journal),
+    }
+
+
+def needs_human(journal: Journal) -> int:
+    """Return how many parked sessions, refused files and strays there are."""
+    sessions, in_files = journal.counts()
+    return sessions[SessionState.PARKED] + in_files[FileState.REFUSED] + len(journal.strays())
+
+
+def is_running(state_dir: Path) -> bool:
+    """Say whether a regd works with that state folder."""
+    try:
+        with (state_dir / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _sessions(journal: Journal, state: SessionState) -> list[Report]:
+    return [
+        {
+            "session": row.folder,
+            "eid": row.eid,
+            "flagged": row.flagged,
+            "attempt": row.attempt,
+            "due_at": row.due_at,
+            "since": row.changed_at,
+            "files": _files_by_state(journal.files(row.id).values()),
+            "reason": row.reason,
+            "hint": row.hint,
+        }
+        for row in journal.sessions(state, limit=_LISTED)
+    ]
+
+
+def _files_by_state(rows: Iterable[FileRow]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[str(row.state)] = counts.get(str(row.state), 0) + 1
+    return counts
+
+
+def _grouped(rows: list[tuple[str, FileRow]]) -> Iterable[Report]:
+    """Yield the files with their session; a thousand of one kind stay a thousand entries."""
+    for folder, group in groupby(rows, key=lambda pair: pair[0]):
+        for _, row in group:
+            yield {"session": folder, "path": row.path, "reason": row.reason, "hint": row.hint}
+
+
+def _alyx(settings: Settings) -> Report:
+    """Return whether Alyx answers, and takes the credentials."""
+    url = settings.alyx.url
+    try:
+        alyx = settings.alyx.model_copy(update={"timeout_s": _ALYX_WITHIN_S})
+        quick = settings.model_copy(update={"alyx": alyx})
+        with AlyxClient.from_settings(quick, sleep=_give_up) as client:
+            client.get("/data-formats", {"limit": 1})
+    except RegdError as error:
+        return {"url": url, "reachable": False, "reason": error.reason, "hint": error.hint}
+    return {"url": url, "reachable": True, "reason": None, "hint": None}
+
+
+def _give_up(_seconds: float) -> None:
+    """Stand in for a wait: a person at the rig wants an answer now."""
+
+
+def summary(report: Report) -> str:
+    """Return the report in one line, such as '3 sessions waiting, 1 parked, Alyx away'."""
+    counts = report["sessions"]
+    parts = [f"{n} {state}" for state, n in counts.items() if n]
+    text = ", ".join(parts) or "no sessions yet"
+    return text if report["alyx"]["reachable"] else f"{text}, Alyx away"
+
+
+__all__ = ["Report", "is_running", "needs_human", "report", "summary"]

@@ -1,0 +1,152 @@
+"""What the kernel tells about the data root, as hints on a queue. Nothing here reads a file."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from watchdog.events import (
+    DirCreatedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+
+from regd.errors import NeedsHuman
+
+if TYPE_CHECKING:
+    from watchdog.observers.api import BaseObserver
+
+# With every kind of event, the walk that sets up the watches of a large root floods watchdog's own
+# queue with "opened" and "closed without writing", again and again.
+_EVENTS: list[type[FileSystemEvent]] = [
+    DirCreatedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileMovedEvent,
+]
+_WATCHDOG_LOGGERS = ("watchdog.observers.inotify", "watchdog.observers.inotify_c")
+POLLING_S = 5.0
+"""How often a file system without events is compared with itself, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Something happened at a path.
+
+    Attributes:
+        path: Below the data root; '' for all of it.
+        finished: Whether a writer closed the file, or it was moved into place.
+        is_folder: Whether it is a folder that appeared.
+        overflow: Whether events were lost, so that anything may have happened.
+    """
+
+    path: str
+    finished: bool = False
+    is_folder: bool = False
+    overflow: bool = False
+
+
+class _Handler(FileSystemEventHandler):
+    def __init__(self, root: Path, hints: queue.SimpleQueue[Hint]) -> None:
+        self._prefix = os.fsencode(root) + b"/"
+        self._hints = hints
+
+    def dispatch(self, event: FileSystemEvent) -> None:
+        moved = isinstance(event, (FileMovedEvent, DirMovedEvent))
+        path = os.fsencode(event.dest_path if moved else event.src_path)
+        if not path.startswith(self._prefix):
+            return
+        inner = os.fsdecode(path[len(self._prefix) :])
+        finished = moved or isinstance(event, FileClosedEvent)
+        self._hints.put(Hint(inner, finished=finished, is_folder=event.is_directory))
+
+
+class _OverflowFilter(logging.Filter):
+    """Sees watchdog's log line about a lost event: it tells nobody else."""
+
+    def __init__(self, hints: queue.SimpleQueue[Hint]) -> None:
+        super().__init__()
+        self._hints = hints
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "overflow" in str(record.msg).lower():
+            self._hints.put(Hint("", overflow=True))
+        return True
+
+
+class Watcher:
+    """Puts a `Hint` on a queue for whatever appears or is finished below the data root.
+
+    Args:
+        root: The data root, resolved.
+        observer: 'auto' or 'inotify' for the kernel's events, 'polling' to compare listings.
+        hints: The queue.
+    """
+
+    def __init__(self, root: Path, observer: str, hints: queue.SimpleQueue[Hint]) -> None:
+        self._root = root
+        self._filter = _OverflowFilter(hints)
+        self._observer = _make_observer(observer)
+        self._observer.schedule(
+            _Handler(root, hints), str(root), recursive=True, event_filter=_EVENTS
+        )
+
+    def start(self) -> None:
+        """Set up the watches; returns when all stand.
+
+        Raises:
+            NeedsHuman: The kernel does not grant that many watches.
+        """
+        for name in _WATCHDOG_LOGGERS:
+            logging.getLogger(name).addFilter(self._filter)
+        try:
+            self._observer.start()
+        except OSError as error:
+            self.stop()
+            raise NeedsHuman(*_explain(error, self._root)) from None
+
+    def stop(self) -> None:
+        """Take the watches down."""
+        for name in _WATCHDOG_LOGGERS:
+            logging.getLogger(name).removeFilter(self._filter)
+        if self._observer.is_alive():
+            self._observer.stop()
+            self._observer.join(timeout=2.0)
+
+
+def _make_observer(kind: str) -> BaseObserver:
+    if kind == "polling":
+        from watchdog.observers.polling import PollingObserver
+
+        return PollingObserver(timeout=POLLING_S)
+    from watchdog.observers import Observer
+
+    return Observer()
+
+
+def _explain(error: OSError, root: Path) -> tuple[str]:
+    """Return what it means that the watches cannot be set up, and what to do."""
+    if error.errno == errno.ENOSPC:
+        key, path = "max_user_watches", "/proc/sys/fs/inotify/max_user_watches"
+    elif error.errno == errno.EMFILE:
+        key, path = "max_user_instances", "/proc/sys/fs/inotify/max_user_instances"
+    else:
+        return (f"{root} cannot be watched: {error.strerror or error}; regd goes on by scanning",)
+    try:
+        now = int(Path(path).read_text())
+    except (OSError, ValueError):
+        now = 8192
+    return (
+        f"the kernel's limit fs.inotify.{key} ({now}) is too low to watch {root}; "
+        f"regd goes on by scanning. Raise it: sysctl fs.inotify.{key}={max(now * 4, 524288)}",
+    )
