@@ -31,7 +31,7 @@ CREATE TABLE file (
                 CHECK (state IN ('settling', 'ready', 'placing', 'registered', 'refused')),
     size        INTEGER NOT NULL,              -- bytes, when last looked at
     mtime_ns    INTEGER NOT NULL,
-    md5         TEXT,                          -- of that size and mtime
+    md5         TEXT,                          -- of that content; while settling, of what Alyx holds
     dataset_id  TEXT,                          -- its UUID on Alyx, once registered
     move_to     TEXT,                          -- the path it is being moved to; written before the move
     reason      TEXT,
@@ -42,7 +42,7 @@ CREATE TABLE file (
     CHECK ((state = 'placing') = (move_to IS NOT NULL)),
     CHECK (state <> 'refused' OR reason IS NOT NULL)
 ) WITHOUT ROWID;
-CREATE INDEX file_state ON file (state) WHERE state <> 'registered';
+CREATE INDEX file_state ON file (state, session_id) WHERE state <> 'registered';
 
 -- What lies below the data root in no session.
 CREATE TABLE stray (

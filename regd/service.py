@@ -168,7 +168,11 @@ class Service:
         self._news = threading.Condition()
         self._news_count = 0
         self._failed: BaseException | None = None
-        self._away = Recurring(_log, "alyx.away", "alyx.back", every_s=_REMIND_S, clock=clock)
+        self._away = {
+            kind: Recurring(_log, f"{kind}.away", f"{kind}.back", every_s=_REMIND_S, clock=clock)
+            for kind in ("alyx", "root")
+        }
+        self._told: RegdError | None = None  # the last outage that was logged
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -299,11 +303,14 @@ class Service:
         error = self.gate.error
         if error is None:
             return False
-        self._away.failed(reason=error.reason, hint=error.hint)
+        if error is not self._told:
+            self._told = error
+            kind = "root" if isinstance(error, DataRootAway) else "alyx"
+            self._away[kind].failed(reason=error.reason, hint=error.hint)
         if not self.gate.take_probe():
             return False
         try:
-            check_root(self.root)
+            check_root(self.root, self.journal)
             self.client.alyx.get("/data-formats", {"limit": 1})
         except Stopping:
             return False
@@ -313,8 +320,8 @@ class Service:
             self.gate.close(TryLater(other.reason, hint=other.hint))
         else:
             self.gate.open()
-            self._away.recovered()
-            self.journal.set_fact("alyx_away", None)
+            for away in self._away.values():
+                away.recovered()
             self._tell()
         return True
 
@@ -358,7 +365,7 @@ class Service:
     def _scan(self, *, everything: bool = False, below: str = "") -> None:
         started_at = self._clock()
         try:
-            check_root(self.root)
+            check_root(self.root, self.journal)
             result = self.scanner.scan(self._now(), below=below, everything=everything)
         except DataRootAway as error:
             self.gate.close(error)

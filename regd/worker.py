@@ -231,7 +231,7 @@ class Worker:
 
     def _gone(self, row: SessionRow) -> _Next:
         """Say what becomes of a session whose folder is not there."""
-        check_root(self.root)
+        check_root(self.root, self.journal)
         _log.warning("session.vanished")
         unfinished = [
             r.path
@@ -584,8 +584,8 @@ class Worker:
             _log.info("flag.removed", path=self.settings.flag)
 
 
-def check_root(root: Path) -> None:
-    """Raise DataRootAway if the data root is gone or empty, as an unmounted one is."""
+def check_root(root: Path, journal: Journal) -> None:
+    """Raise DataRootAway if the data root is gone, or is empty where sessions were seen before."""
     try:
         with os.scandir(root) as entries:
             empty = next(entries, None) is None
@@ -593,8 +593,10 @@ def check_root(root: Path) -> None:
         raise DataRootAway(
             f"the data root {root} cannot be read: {error.strerror}", hint="mount it again"
         ) from None
-    if empty:
-        raise DataRootAway(f"the data root {root} is empty", hint="is its disk mounted?")
+    if empty and journal.sessions(limit=1):
+        raise DataRootAway(
+            f"the data root {root} is empty, but held sessions before", hint="is its disk mounted?"
+        )
 
 
 def _is_settled_row(row: FileRow) -> bool:
