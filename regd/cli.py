@@ -393,9 +393,7 @@ def show_config(config: Config = None) -> None:
 def sandbox(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
-    db: Annotated[
-        str, typer.Option(help="An SQLite file, or :memory:.")
-    ] = ":memory:",
+    db: Annotated[str, typer.Option(help="An SQLite file, or :memory:.")] = ":memory:",
     load: Annotated[
         Path | None,
         typer.Option(help="A JSON file with the lab to start from.", show_default="a built-in lab"),
@@ -414,3 +412,31 @@ def sandbox(
             f"the sandbox needs {error.name}", hint="pip install 'regd[sandbox]'"
         ) from None
     serve(host, port, db, load, None if rate_limit.lower() == "none" else rate_limit)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo keeps everything.")] = Path("demo"),
+    remove_after: Annotated[
+        bool, typer.Option("--remove-after", help="Remove that folder at the end.")
+    ] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Only remove what an earlier demo left.")
+    ] = False,
+) -> None:
+    """Show regd at work in half a minute: a stand-in for Alyx, a rig and the daemon.
+
+    Needs no network and no settings, and stops by itself.
+    """
+    try:
+        from regd import demo as show
+    except ModuleNotFoundError as error:
+        from regd.errors import InvalidInput
+
+        raise InvalidInput(
+            f"the demo needs {error.name}", hint="pip install 'regd[sandbox]'"
+        ) from None
+    if not clean:
+        show.run(folder, out, remove_after=remove_after)
+    else:
+        out.print(f"{folder} {'is removed' if show.remove(folder) else 'is not there'}")
