@@ -90,9 +90,10 @@ class Context:
         return {name: values[-1] for name, values in data.items()} if self.form else data
 
     def _json(self) -> Any:
+        found = re.search(r'charset="?([\w-]+)', self.headers.get("content-type", ""))
         try:
-            return json.loads(self.body.decode("utf-8"))
-        except ValueError as error:
+            return json.loads(self.body.decode(found[1] if found else "utf-8"))
+        except (ValueError, LookupError) as error:
             raise ApiError(400, f"JSON parse error - {error}") from None
 
 
@@ -191,7 +192,8 @@ def _create(resource: Resource, context: Context) -> Answer:
     resource.before(context, values, None)
     row_id = context.store.insert(resource.model, values)
     resource.after(context, row_id, values)
-    return Answer(201, context.show(items, context.store.get(resource.model, row_id)))
+    shown = context.show(items, context.store.get(resource.model, row_id))
+    return Answer(201, shown, {"location": shown["url"]} if "url" in shown else {})
 
 
 def _update(resource: Resource, context: Context) -> Answer:
@@ -231,6 +233,8 @@ _ROWS["water-type"] = _LISTS["water-type"]  # Alyx serves the whole list under e
 
 def _token(context: Context) -> Answer:
     asked = context.flat_data()
+    if not isinstance(asked, Mapping):
+        clean(context, (), asked, None, partial=False)
     errors = {name: reason for name in ("username", "password") if (reason := _missing(asked, name))}
     if errors:
         raise Refused(errors)
@@ -414,7 +418,7 @@ def make_app(
 
 async def _respond(store: Store, throttle: Throttle, request: Request) -> Response:
     path = request.url.path
-    if path == "/":
+    if request.scope["path"] == "/":
         return Response(_WELCOME, media_type="text/html")
     if path == "/cache/info":
         return Response(status_code=301, headers={"location": "/cache/info/"})

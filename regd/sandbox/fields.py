@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
 from regd.sandbox.query import QueryError, parse_uuid
 from regd.sandbox.schema import MODELS, QC_NAMES, Field, Model
 from regd.sandbox.store import Row
+from regd.sandbox.times import parse_day, parse_moment
 
 if TYPE_CHECKING:
     from regd.sandbox.app import Context
@@ -46,6 +47,8 @@ class Item:
     many: bool = False
     linked: bool = False
     """A link to one row: sent empty means null."""
+    json: bool = False
+    """A form holds it as text."""
     checkbox: bool = False
     """In a form, a box not ticked is not sent: absent means False."""
     check: Callable[[Context, Any, Row | None], list[str]] | None = None
@@ -64,9 +67,18 @@ class Item:
         if self.many:
             return values
         value = values[-1]
+        if self.json:
+            return _form_json(value)
         if value == "" and not self.blank:
             return None if self.null else ABSENT if not self.required else value
         return value
+
+
+def _form_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise Invalid("Value must be valid JSON.") from None
 
 
 def refuse_null(value: Any, null: bool) -> None:
@@ -87,7 +99,7 @@ def plain(model_name: str, name: str, **override: Any) -> Item:
         "required": required and column.kind not in ("bool",),
         "null": column.null,
         "blank": column.blank and column.kind in _TEXTS,
-        "checkbox": column.kind == "bool",
+        "checkbox": column.kind == "bool", "json": column.kind == "json",
         "check": (lambda c, v, row: _check(c, model, name, v, row)) if _has_checks(column) else None,
     }
     options.update(override)
@@ -197,20 +209,17 @@ def _boolean(_: Field, value: Any, options: Mapping[str, Any]) -> bool | None:
 
 def _moment(_: Field, value: Any, __: Mapping[str, Any]) -> str:
     try:
-        moment = datetime.fromisoformat(value)
+        return parse_moment(value)
     except (TypeError, ValueError):
         raise Invalid(
             "Datetime has wrong format. Use one of these formats instead: "
             "YYYY-MM-DDThh:mm[:ss[.uuuuuu]][+HH:MM|-HH:MM|Z]."
         ) from None
-    if moment.tzinfo is not None:
-        moment = moment.astimezone(UTC).replace(tzinfo=None)
-    return moment.isoformat()
 
 
 def _day(_: Field, value: Any, __: Mapping[str, Any]) -> str:
     try:
-        return date.fromisoformat(value).isoformat()
+        return parse_day(value)
     except (TypeError, ValueError):
         raise Invalid(
             "Date has wrong format. Use one of these formats instead: YYYY-MM-DD."
@@ -354,6 +363,8 @@ def clean(
 
     Raises Refused with a list of reasons a field, as Alyx answers them.
     """
+    if body is None:
+        raise Refused({"non_field_errors": ["No data provided"]})
     if not isinstance(body, Mapping):
         kind = type(body).__name__
         raise Refused(

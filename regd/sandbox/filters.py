@@ -6,14 +6,15 @@ import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from one.alf.spec import QC
 
 from regd.sandbox.fields import Invalid, Refused
-from regd.sandbox.query import Query, QueryError, parse_day, parse_pairs, qc_value
+from regd.sandbox.query import Query, QueryError, parse_pairs, qc_value
+from regd.sandbox.times import parse_day, parse_moment
 from regd.sandbox.schema import MODELS, Field
 from regd.sandbox.store import Store
 
@@ -63,7 +64,7 @@ def _moment(_: Store, value: str) -> str | None:
     if not value.strip():
         return None
     try:
-        return datetime.fromisoformat(value.strip()).replace(tzinfo=None).isoformat()
+        return parse_moment(value.strip())
     except ValueError:
         raise Invalid("Enter a valid date/time.") from None
 
@@ -72,7 +73,7 @@ def _day(_: Store, value: str) -> str | None:
     if not value.strip():
         return None
     try:
-        return date.fromisoformat(value.strip()).isoformat()
+        return parse_day(value.strip())
     except ValueError:
         raise Invalid("Enter a valid date.") from None
 
@@ -255,7 +256,7 @@ def _probe(query: Query, _: str) -> None:
 
 
 def _alive(query: Query, wanted: bool) -> None:
-    today = parse_day(date.today().isoformat())  # noqa: DTZ011
+    today = date.today().isoformat()  # noqa: DTZ011
     (query.filter if not wanted else query.exclude)("death_date__lte", today)
 
 

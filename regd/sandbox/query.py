@@ -8,9 +8,9 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
 from typing import Any
 
+from regd.sandbox import times
 from regd.sandbox.schema import MODELS, QC_NAMES, Field, Model, through
 from regd.sandbox.store import Row, Store, columns_sql, order_sql
 
@@ -25,9 +25,11 @@ COMPARE = {
     "startswith": "instr({c}, ?) = 1", "istartswith": "{c} LIKE ? || '%' ESCAPE '\\'",
     "endswith": "substr({c}, -length(?)) = ?", "iendswith": "{c} LIKE '%' || ? ESCAPE '\\'",
     "gt": "{c} > ?", "gte": "{c} >= ?", "lt": "{c} < ?", "lte": "{c} <= ?",
+    "regex": "matches({c}, ?)", "iregex": "matches({c}, '(?i)' || ?)",
     "in": "", "isnull": "", "range": "",
 }  # fmt: skip
-_TEXTUAL = {"iexact", "contains", "icontains", "startswith", "istartswith", "endswith", "iendswith"}
+_TEXTUAL = {"iexact", "contains", "icontains", "startswith", "istartswith", "endswith", "iendswith", "regex",
+            "iregex"}  # fmt: skip
 _LIKE = {"iexact", "icontains", "istartswith", "iendswith"}
 _DATE_PARTS = {
     "date": "substr({c}, 1, 10)", "year": "CAST(substr({c}, 1, 4) AS INTEGER)",
@@ -108,6 +110,8 @@ class Query:
                 continue
             name, column_field = _resolve(model, name)
             onward = bool(parts) and parts[0] not in COMPARE
+            if onward and column_field.to and not _leads_on(MODELS[column_field.to], parts[0]):
+                raise _unsupported(parts[0], column_field)
             if column_field.kind == "links":
                 table = through(model, name)
                 link = self._join(table, f"{{a}}.source = {alias}.id")
@@ -128,6 +132,10 @@ class Query:
             link = self._join(through(owner, column), f"{{a}}.target = {alias}.id")
             return owner, self._join(owner.name, f"{{a}}.id = {link}.source")
         return owner, self._join(owner.name, f'{{a}}."{column}" = {alias}.id')
+
+
+def _leads_on(model: Model, name: str) -> bool:
+    return name == "pk" or name.removesuffix("_id") in model.fields or name in model.links_back
 
 
 def _resolve(model: Model, name: str) -> tuple[str, Field]:
@@ -155,11 +163,7 @@ def _compare(column: str, kind: Field, parts: Sequence[str], value: Any) -> tupl
         kind = _DATE if part == "date" else _INT
     lookup = parts.pop(0) if parts else "exact"
     if parts or lookup not in COMPARE:
-        called = kind.kind.capitalize() + "Field"
-        raise QueryError(
-            f"Unsupported lookup '{parts[0] if parts else lookup}' for {called} or join on the "
-            "field not permitted."
-        )
+        raise _unsupported(parts[0] if parts else lookup, kind)
     if lookup == "isnull" or (lookup in ("exact", "iexact") and value is None):
         return f"{column} IS {'' if value in (True, None) else 'NOT '}NULL", []
     if lookup in ("in", "range"):
@@ -168,11 +172,25 @@ def _compare(column: str, kind: Field, parts: Sequence[str], value: Any) -> tupl
         text = str(value)
         sql = COMPARE[lookup].format(c=column)
         return sql, [_escape(text) if lookup in _LIKE else text] * sql.count("?")
-    return COMPARE[lookup].format(c=column), [prepare(kind, value)]
+    return COMPARE[lookup].format(c=column), [prepare(kind, value, column)]
+
+
+_DJANGO_NAMES = {
+    "int": "IntegerField", "qc": "IntegerField", "bigint": "BigIntegerField", "bool": "BooleanField",
+    "datetime": "DateTimeField", "url": "URLField", "json": "JSONField", "uuid": "UUIDField",
+    "link": "ForeignKey", "links": "ForeignKey",
+}  # fmt: skip
+
+
+def _unsupported(lookup: str, kind: Field) -> QueryError:
+    called = _DJANGO_NAMES.get(kind.kind, f"{kind.kind.capitalize()}Field")
+    return QueryError(
+        f"Unsupported lookup '{lookup}' for {called} or join on the field not permitted."
+    )
 
 
 def _compare_many(column: str, kind: Field, lookup: str, value: Any) -> tuple[str, list[Any]]:
-    items = [prepare(kind, item) for item in value]
+    items = [prepare(kind, item, column) for item in value]
     if lookup == "range":
         return f"{column} BETWEEN ? AND ?", items
     return f"{column} IN ({', '.join('?' * len(items))})", items
@@ -192,15 +210,15 @@ def _escape(text: str) -> str:
     return re.sub(r"([\\%_])", r"\\\1", text)
 
 
-def prepare(kind: Field, value: Any) -> Any:
+def prepare(kind: Field, value: Any, column: str = "") -> Any:
     """A filter's value as the column holds it. Raises QueryError as Alyx does where it is not."""
     match kind.kind:
         case "uuid" | "link" | "links":
             return parse_uuid(value)
         case "int" | "bigint" | "qc":
-            return _number(value, int)
+            return _number(value, int, column)
         case "float":
-            return _number(value, float)
+            return _number(value, float, column)
         case "bool":
             return int(bool(value))
         case "date":
@@ -212,11 +230,12 @@ def prepare(kind: Field, value: Any) -> Any:
     return str(value)
 
 
-def _number(value: Any, number: type[int] | type[float]) -> float:
+def _number(value: Any, number: type[int] | type[float], column: str) -> float:
     try:
         return number(value)
     except (TypeError, ValueError):
-        raise QueryError(f"Field expected a number but got {value!r}.") from None
+        name = column.rpartition(".")[2].strip('"')
+        raise QueryError(f"Field '{name}' expected a number but got {value!r}.") from None
 
 
 def parse_uuid(value: Any) -> str:
@@ -230,7 +249,7 @@ def parse_uuid(value: Any) -> str:
 def parse_day(value: Any) -> str:
     """A date in the form stored. Raises QueryError with Django's words."""
     try:
-        return date.fromisoformat(str(value)[:10] if "T" in str(value) else str(value)).isoformat()
+        return times.parse_day(str(value))
     except ValueError:
         raise QueryError(
             f"['“{value}” value has an invalid date format. It must be in YYYY-MM-DD format.']"
@@ -239,7 +258,7 @@ def parse_day(value: Any) -> str:
 
 def _moment(value: Any) -> str:
     try:
-        return datetime.fromisoformat(str(value)).replace(tzinfo=None).isoformat()
+        return times.parse_moment(str(value))
     except ValueError:
         raise QueryError(
             f"['“{value}” value has an invalid format. It must be in YYYY-MM-DD "

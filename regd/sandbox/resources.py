@@ -510,7 +510,7 @@ _ALL = (
     ),
     Resource(
         "water-type", "watertype",
-        (url("water-type", "name"), *_columns("watertype", "json", "name")), methods=(),
+        (url("water-type", "name"), *_columns("watertype", "json", "name")), by="name",
     ),
     Resource("weighings", "weighing", _WEIGHING, filters=filters.WEIGHINGS,
              methods=("GET", "DELETE")),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import sqlite3
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from regd.sandbox.times import utc_now
 from regd.sandbox.schema import MODELS, NOW, ON_SAVE, Field, Model, create_sql, through
 
 Row = dict[str, Any]
@@ -21,11 +22,6 @@ Row = dict[str, Any]
 
 class LoadError(ValueError):
     """The lab to load, or the database file, is not usable; the message says what to do."""
-
-
-def utc_now() -> str:
-    """The time as the sandbox stores it: UTC, ISO 8601, microseconds, no zone."""
-    return datetime.utcnow().isoformat()  # noqa: DTZ003
 
 
 def hash_password(password: str) -> str:
@@ -77,6 +73,7 @@ class Store:
             self.db.execute("PRAGMA foreign_keys = ON")
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.execute("PRAGMA synchronous = OFF")  # a trial may lose its last seconds
+            self.db.create_function("matches", 2, _matches, deterministic=True)
             self._set_up()
         except sqlite3.Error as error:
             raise LoadError(
@@ -306,6 +303,10 @@ _PLAIN_LISTS = {
     "dataset_types": "datasettype",
     "data_formats": "dataformat",
 }
+
+
+def _matches(text: str | None, pattern: str) -> bool:
+    return text is not None and re.search(pattern, text) is not None
 
 
 def _is_links(model: Model, column: str) -> bool:
