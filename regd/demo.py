@@ -44,8 +44,8 @@ _STOP_WITHIN_S = 10.0
 _POLL_S = 0.05
 
 # Who is who in the stand-in's built-in lab; these passwords open nothing else.
-_RIG_USER, _RIG_PASSWORD = "rig_user", "rig-password"  # noqa: S105
-_ADMIN, _ADMIN_PASSWORD = "test_user", "test-password"  # noqa: S105
+_RIG_USER, _RIG_PASSWORD = "rig_user", "rig-password"
+_ADMIN, _ADMIN_PASSWORD = "test_user", "test-password"
 _LAB, _SUBJECT, _REPOSITORY = "cortexlab", "KS005", "cortexlab_local"
 _TAG = "paper-2026"
 
@@ -171,7 +171,7 @@ class _Daemon:
         self._log = log
         self._show = show
         self._events: list[str] = []
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - this very program
             [sys.executable, "-m", "regd", "run", "--config", str(config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -306,9 +306,11 @@ class _Demo:
         self._show_alyx(held)
         self._heading("regd status")
         self._show_status()
+        self._heading("The end")
+        self._say("demo", "stops the daemon with SIGTERM, as systemd does")
+        status, took_s = daemon.stop()
         self._heading("Checked")
         checks = list(self._checks(held, original, journal))
-        status, took_s = daemon.stop()
         checks.append((f"on SIGTERM the daemon ended within {took_s:.1f} s, status 0", status == 0))
         self._show_checks(checks)
         return alyx.base_url
@@ -343,9 +345,10 @@ class _Demo:
                     self._flag.touch()
                     self._say("rig", "puts create_me.flag; the camera still writes its video")
                 elif n % (_VIDEO_CHUNKS // 3) == 0:
-                    size = _size(file.tell())
-                    self._say("rig", f"{_VIDEO}: {size} of {_size(_VIDEO_BYTES)} written")
+                    written = f"{_size(file.tell())} of {_size(_VIDEO_BYTES)}"
+                    self._say("rig", f"the camera has written {written}")
                 time.sleep(_VIDEO_S / _VIDEO_CHUNKS)  # the pace of a camera
+        self._say("rig", "the camera has closed its file")
         wanted = dict.fromkeys([*files, _VIDEO], FileState.REGISTERED)
         wanted[_UNKNOWN] = FileState.REFUSED
         daemon.wait_for(
@@ -390,7 +393,8 @@ class _Demo:
         return row is not None and row.state is SessionState.DONE
 
     def _ask(self, alyx: AlyxClient) -> _Held:
-        sessions = alyx.rest("sessions", "list", subject=_SUBJECT)
+        found = alyx.rest("sessions", "list", subject=_SUBJECT)
+        sessions = [alyx.rest("sessions", "read", id=s["url"]) for s in found]
         datasets = alyx.rest("datasets", "list")
         datasets.sort(key=lambda d: (d["collection"], d["name"], d["revision"] or ""))
         return _Held(sessions, datasets)
@@ -446,7 +450,7 @@ class _Demo:
             "[bold]regd[/]",
             f"[dim]{_clock(facts.get('timestamp'))}[/]",
             f"[{style}]{escape(facts['event'])}[/]",
-            escape(_details(facts)),
+            escape(_details(facts, self.console.width - 31)),
         )
         self.console.print(grid)
 
@@ -463,34 +467,33 @@ class _Demo:
         self.console.print(tree)
 
     def _show_alyx(self, held: _Held) -> None:
-        sessions = _table("session", "start", "users", "id")
+        sessions = _table("session", "lab", "users", "id")
         for s in held.sessions:
-            place = f"{s['subject']}/{str(s['start_time'])[:10]}/{s['number']:03d}"
-            users = ", ".join(s.get("users") or [])
-            start = str(s["start_time"])[11:16]
-            sessions.add_row(place, start, users, s.get("id") or s["url"].rsplit("/", 1)[-1])
+            place = f"{s['subject']}/{s['start_time'][:10]}/{s['number']:03d}"
+            sessions.add_row(place, s["lab"], ", ".join(s["users"]), s["id"])
         self.console.print(sessions)
+        self.console.print()
         wide = self.console.width >= 120
-        datasets = _table("dataset", "revision", "size", "MD5", "protected", "default")
+        datasets = _table("dataset", "revision", "size", "MD5", "marked")
         datasets.columns[2].justify = "right"
         collection = None
         for d in held.datasets:
             if d["collection"] != collection:
                 collection = d["collection"]
                 datasets.add_row(f"[bold]{escape(collection)}/[/]")
+            marks = {"protected": d["protected"], "default": d["default_dataset"]}
             datasets.add_row(
                 f" {escape(d['name'])}",
                 escape(d["revision"] or ""),
                 _size(d["file_size"]),
                 d["hash"] if wide else d["hash"][:6],
-                "[yellow]yes[/]" if d["protected"] else "",
-                "yes" if d["default_dataset"] else "",
+                ", ".join(word for word, holds in marks.items() if holds),
                 style="green" if d["revision"] else "",
             )
         self.console.print(datasets)
 
     def _show_status(self) -> None:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - this very program
             [sys.executable, "-m", "regd", "status", "--config", str(self._config)],
             env={**_environment(), "COLUMNS": str(self.console.width)},
             check=False,
@@ -593,16 +596,18 @@ def _grid(*widths: int) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(*columns, box=None, pad_edge=False, header_style="dim", padding=(0, 1))
+    table = Table(*columns, box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for column in table.columns:
         column.overflow = "fold"
     return table
 
 
-def _details(facts: dict[str, Any]) -> str:
+def _details(facts: dict[str, Any], width: int) -> str:
     """Return what a log line says beside its event, without what is the same all the time."""
     same = {"timestamp", "level", "event", "logger", "session", "eid", "attempt", "id", "path"}
-    words = [str(facts["path"])] if "path" in facts else []
+    words = [_broken(str(facts["path"]), width)] if "path" in facts else []
+    if facts["event"] == "session.created":
+        words += [str(facts.get("session")), f"eid={facts.get('eid')}"]
     for key, value in facts.items():
         if key == "size_bytes":
             words.append(_size(value))
@@ -611,6 +616,12 @@ def _details(facts: dict[str, Any]) -> str:
         elif key not in same:
             words.append(f"{key}={value}")
     return " ".join(words)
+
+
+def _broken(path: str, width: int) -> str:
+    """Return a path that is too long for a line with its name on a line of its own."""
+    folder, slash, name = path.rpartition("/")
+    return path if len(path) <= width else f"{folder}{slash}\n{name}"
 
 
 def _size(size_bytes: float) -> str:
