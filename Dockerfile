@@ -1,0 +1,42 @@
+# regd in a container.
+#
+#   docker build -t regd .
+#   docker run -d --name regd --restart on-failure --stop-timeout 10 --user 1000:1000 \
+#     -v /data/recordings:/data -v regd-state:/var/lib/regd \
+#     -v /etc/regd/regd.yaml:/etc/regd/regd.yaml:ro \
+#     -v /etc/regd/alyx__token:/run/secrets/alyx__token:ro \
+#     regd
+#
+# In regd.yaml, data_root is the path inside: /data. --user names who owns the recordings: regd
+# must be able to write there, because it removes flags and moves files into revision folders. It
+# does both inside the data folder alone, and never runs as root. With another user than the 10001
+# below, make the state folder that user's, too: chown the volume once, or bind a folder of theirs.
+#
+# Files are noticed at once only if the recordings are on a disk of the machine that runs the
+# container. For a network drive set watch.observer to polling; the scan finds everything anyway.
+
+FROM python:3.12-slim AS build
+WORKDIR /src
+RUN python -m venv /opt/regd
+COPY pyproject.toml README.md LICENSE ./
+COPY regd regd
+RUN /opt/regd/bin/pip install --no-cache-dir '.[sandbox]'
+
+FROM python:3.12-slim
+# A fixed number, so that it can be given rights on the host.
+RUN groupadd --gid 10001 regd \
+ && useradd --uid 10001 --gid regd --no-create-home --home-dir /var/lib/regd \
+      --shell /usr/sbin/nologin regd \
+ && install -d -o regd -g regd -m 0750 /data \
+ && install -d -o regd -g regd -m 0700 /var/lib/regd
+COPY --from=build /opt/regd /opt/regd
+ENV PATH=/opt/regd/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    REGD_STATE_DIR=/var/lib/regd \
+    CREDENTIALS_DIRECTORY=/run/secrets
+VOLUME ["/data", "/var/lib/regd"]
+USER regd
+# regd puts back or finishes what is in hand within 5 s of SIGTERM.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["regd"]
+CMD ["run", "--config", "/etc/regd/regd.yaml"]

@@ -1,0 +1,54 @@
+# What can be done here: make help
+
+PYTHON ?= python3
+VENV   := .venv
+READY  := $(VENV)/.ready
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-clean test lint clean python
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo        see regd register a recording, with a stand-in for Alyx; keeps ./demo"
+	@echo "make demo-clean  remove ./demo"
+	@echo "make test        ruff, mypy and pytest"
+	@echo "make lint        ruff and mypy alone"
+	@echo "make clean       remove ./demo, the virtual environment and caches"
+	@echo
+	@echo "Each sets up what it needs in $(VENV). PYTHON=python3.12 names another Python (3.11 or newer)."
+
+demo: $(READY)
+	@$(BIN)/regd demo
+
+demo-clean: $(READY)
+	@$(BIN)/regd demo --clean
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	@if [ -d demo ] && [ -x $(BIN)/regd ]; then $(BIN)/regd demo --clean; fi
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find regd tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so that an installation that was interrupted is done again.
+$(READY): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no $(PYTHON): install Python 3.11 or newer, or name it: make PYTHON=..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $$($(PYTHON) --version) is too old: regd needs 3.11 or newer; name one: make PYTHON=..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) cannot make virtual environments: on Debian, apt install python3-venv" >&2; \
+	  exit 1; }
+	@echo "setting up $(VENV) (a minute or two, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
