@@ -4,13 +4,13 @@
 #   docker run -d --name regd --restart on-failure --stop-timeout 10 --user 1000:1000 \
 #     -v /data/recordings:/data -v regd-state:/var/lib/regd \
 #     -v /etc/regd/regd.yaml:/etc/regd/regd.yaml:ro \
-#     -v /etc/regd/alyx__token:/run/secrets/alyx__token:ro \
+#     -v /etc/regd/token:/etc/regd/secrets/alyx__token:ro \
 #     regd
 #
-# In regd.yaml, data_root is the path inside: /data. --user names who owns the recordings: regd
-# must be able to write there, because it removes flags and moves files into revision folders. It
-# does both inside the data folder alone, and never runs as root. With another user than the 10001
-# below, make the state folder that user's, too: chown the volume once, or bind a folder of theirs.
+# In regd.yaml, data_root is the path inside: /data. --user names who owns the recordings: regd must
+# be able to write there, because it removes flags and moves files into revision folders, and to read
+# the token. With another user than the 10001 below, the state folder must be that user's, too:
+# chown the volume once, or bind a folder of theirs.
 #
 # Files are noticed at once only if the recordings are on a disk of the machine that runs the
 # container. For a network drive set watch.observer to polling; the scan finds everything anyway.
@@ -28,12 +28,13 @@ RUN groupadd --gid 10001 regd \
  && useradd --uid 10001 --gid regd --no-create-home --home-dir /var/lib/regd \
       --shell /usr/sbin/nologin regd \
  && install -d -o regd -g regd -m 0750 /data \
- && install -d -o regd -g regd -m 0700 /var/lib/regd
+ && install -d -o regd -g regd -m 0700 /var/lib/regd \
+ && install -d -m 0755 /etc/regd /etc/regd/secrets
 COPY --from=build /opt/regd /opt/regd
 ENV PATH=/opt/regd/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     REGD_STATE_DIR=/var/lib/regd \
-    CREDENTIALS_DIRECTORY=/run/secrets
+    CREDENTIALS_DIRECTORY=/etc/regd/secrets
 VOLUME ["/data", "/var/lib/regd"]
 USER regd
 # regd puts back or finishes what is in hand within 5 s of SIGTERM.

@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean test lint clean python
+.PHONY: help demo demo-clean test lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,7 +37,8 @@ clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find regd tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so that an installation that was interrupted is done again.
+# The stamp is written last, so that an installation that was interrupted is done again. -qq leaves
+# pip its errors alone.
 $(READY): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "make: there is no $(PYTHON): install Python 3.11 or newer, or name it: make PYTHON=..." >&2; \
@@ -50,5 +51,5 @@ $(READY): pyproject.toml
 	  exit 1; }
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
