@@ -1,0 +1,184 @@
+"""The shape of the project: who may import whom, and files that speak of each other."""
+
+import ast
+import configparser
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+import regd
+from regd.cli import app
+from regd.settings import load
+
+PROJECT = Path(__file__).parents[1]
+PACKAGE = PROJECT / "regd"
+
+PURE = ["model", "errors", "paths", "datasettypes", "settle", "revisions", "retries"]
+# A module may import those before it, never those after it.
+ORDER = [
+    *PURE,
+    *["settings", "logs", "files", "journal", "alyx", "watch", "scan"],
+    *["registration", "worker", "service", "status", "sandbox", "demo", "cli", "__main__"],
+]
+# What can neither read a disk or a clock, nor reach a network ...
+HARMLESS = {
+    *["__future__", "collections", "collections.abc", "dataclasses", "datetime", "email.utils"],
+    *["enum", "fnmatch", "functools", "itertools", "math", "pathlib", "re", "typing"],
+    *["one.alf.exceptions", "one.alf.spec"],
+}
+# ... but for these names.
+IMPURE_NAMES = {"Path", "open", "print"}
+IMPURE_METHODS = {"now", "today", "utcnow"}
+HEAVY = {"pandas", "pyarrow", "numba", "boto3", "requests"}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.glob("*.py") if p.name != "__init__.py")
+
+
+def imports(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield (module, name) of every import in a file, inside functions and for types alike."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} has a relative import"
+            for alias in node.names:
+                yield node.module or "", alias.name
+
+
+def own(file: Path) -> set[str]:
+    """Return which modules of regd a file imports."""
+    found = set()
+    for module, name in imports(file):
+        top, *below = module.split(".")
+        if top != "regd":
+            continue
+        if below:
+            found.add(below[0])
+        elif (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists():
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: file.stem)
+def test_imports_go_one_way(file):
+    assert file.stem in ORDER, f"{file.name} has no place in ORDER: give it one"
+    later = set(ORDER[ORDER.index(file.stem) :])
+    assert not own(file) & later
+
+
+def test_every_place_in_the_order_is_taken():
+    assert sorted(ORDER) == sorted([*(file.stem for file in modules()), "sandbox"])
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_module_reads_no_disk_clock_or_network(name):
+    file = PACKAGE / f"{name}.py"
+    foreign = [
+        module
+        for module, imported in imports(file)
+        if not module.startswith("regd")
+        and module not in HARMLESS
+        and f"{module}.{imported}" not in HARMLESS
+    ]
+    assert foreign == []
+    for node in ast.walk(ast.parse(file.read_text())):
+        assert not (isinstance(node, ast.Name) and node.id in IMPURE_NAMES)
+        assert not (isinstance(node, ast.Attribute) and node.attr in IMPURE_METHODS)
+
+
+def test_the_sandbox_stands_alone():
+    for file in (PACKAGE / "sandbox").glob("*.py"):
+        assert own(file) <= {"sandbox"}
+        names = {name for module, name in imports(file) if module == "regd"}
+        assert names <= {"__version__", "sandbox"}, file.name
+
+
+def loaded_by(code: str) -> set[str]:
+    """Return the modules that a process has loaded after running `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps([*sys.modules]))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_the_daemon_loads_nothing_heavy():
+    everything = "import regd.service, regd.status, regd.cli, regd.registration"
+    assert not loaded_by(everything) & HEAVY
+
+
+def test_importing_regd_loads_none_of_its_modules():
+    assert not [name for name in loaded_by("import regd") if name.startswith("regd.")]
+
+
+# --- the files around the package ----------------------------------------------------------------
+
+
+def accepts(words: list[str]) -> None:
+    """Raise if `regd` with those arguments would not be understood; nothing is run."""
+    name, *arguments = words
+    command = typer.main.get_command(app).commands[name]
+    command.make_context(name, arguments)
+
+
+def test_the_example_of_the_settings_is_read():
+    assert load(PROJECT / "config" / "regd.yaml").settings.flag == "create_me.flag"
+
+
+def test_the_service_starts_what_there_is():
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read(PROJECT / "systemd" / "regd.service")
+    program, *words = shlex.split(unit["Service"]["ExecStart"])
+    assert Path(program).name == "regd"
+    accepts(words)
+    secret = unit["Service"]["LoadCredential"].split(":")[0]
+    assert secret.replace("__", ".") == "alyx.token"
+
+
+def test_the_container_starts_what_there_is():
+    text = (PROJECT / "Dockerfile").read_text()
+    assert json.loads(re.search(r"^ENTRYPOINT (.+)$", text, re.M)[1]) == ["regd"]
+    accepts(json.loads(re.search(r"^CMD (.+)$", text, re.M)[1]))
+    kept = (PROJECT / ".dockerignore").read_text().splitlines()
+    for copied in re.findall(r"^COPY (?!--from)(.+)$", text, re.M):
+        for source in copied.split()[:-1]:
+            assert (PROJECT / source).exists()
+            assert f"!{source}" in kept
+
+
+def test_hooks_come_from_nowhere_else():
+    hooks = yaml.safe_load((PROJECT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+
+
+def test_the_changelog_knows_this_version():
+    assert f"## [{regd.__version__}]" in (PROJECT / "CHANGELOG.md").read_text()
+
+
+COMMANDS = sorted(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_is_there(command):
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_all_commands_are_there():
+    assert COMMANDS == ["config", "demo", "retry", "run", "sandbox", "scan", "status"]
