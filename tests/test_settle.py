@@ -1,0 +1,181 @@
+"""When a file is finished; every time is given, nothing waits."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regd.model import Signature
+from regd.settle import Stillness
+
+steady = settings(deadline=None, derandomize=True, max_examples=150)
+
+A, B, C = (Signature(size, size) for size in (1, 2, 3))
+
+
+def fresh() -> Stillness:
+    return Stillness(quiet_s=30.0, closed_quiet_s=2.0)
+
+
+def test_a_file_is_settled_when_it_stood_still_for_quiet_s() -> None:
+    still = fresh()
+    assert still.remaining_s("f", A, None, 100.0) == 30.0
+    assert still.remaining_s("f", A, None, 110.0) == 20.0
+    assert still.remaining_s("f", A, None, 130.0) == 0.0
+    assert still.remaining_s("f", A, None, 1000.0) == 0.0
+
+
+def test_a_change_of_size_or_time_starts_the_wait_again() -> None:
+    still = fresh()
+    still.remaining_s("f", Signature(1, 1), None, 0.0)
+    assert still.remaining_s("f", Signature(2, 1), None, 29.0) == 30.0
+    assert still.remaining_s("f", Signature(2, 2), None, 58.0) == 30.0
+    assert still.remaining_s("f", Signature(2, 2), None, 88.0) == 0.0
+
+
+def test_a_change_back_is_a_change() -> None:
+    still = fresh()
+    still.remaining_s("f", A, None, 0.0)
+    still.remaining_s("f", B, None, 10.0)
+    assert still.remaining_s("f", A, None, 40.0) == 30.0
+
+
+def test_a_file_untouched_for_long_needs_no_waiting() -> None:
+    still = fresh()
+    assert still.remaining_s("old", A, 3600.0, 0.0) == 0.0
+    assert still.remaining_s("newer", A, 12.0, 0.0) == 18.0
+
+
+def test_stamps_that_lag_do_not_shorten_what_was_seen() -> None:
+    still = fresh()
+    still.remaining_s("f", A, 0.0, 0.0)
+    assert still.remaining_s("f", A, 5.0, 20.0) == 10.0
+
+
+def test_a_close_shortens_the_wait() -> None:
+    still = fresh()
+    still.closed("f", 100.0)
+    assert still.remaining_s("f", A, 0.0, 100.0) == 2.0
+    assert still.remaining_s("f", A, 1.5, 101.5) == 0.5
+    assert still.remaining_s("f", A, 2.0, 102.0) == 0.0
+
+
+def test_a_close_never_lengthens_the_wait() -> None:
+    still = Stillness(quiet_s=1.0, closed_quiet_s=60.0)
+    still.closed("f", 0.0)
+    assert still.remaining_s("f", A, None, 0.0) == 1.0
+
+
+def test_a_close_of_one_file_says_nothing_of_another() -> None:
+    still = fresh()
+    still.closed("f", 0.0)
+    assert still.remaining_s("g", A, 0.0, 0.0) == 30.0
+
+
+def test_a_write_after_the_close_cancels_it() -> None:
+    still = fresh()
+    still.closed("f", 0.0)
+    assert still.remaining_s("f", A, 0.0, 0.0) == 2.0
+    # 10 s later its stamps say that it was touched 1 s ago, so after the close
+    assert still.remaining_s("f", B, 1.0, 10.0) == 29.0
+    assert still.remaining_s("f", B, 3.0, 12.0) == 27.0  # and it stays cancelled
+    still.closed("f", 12.5)
+    assert still.remaining_s("f", B, 3.5, 12.5) == 0.0
+
+
+def test_a_stamp_that_lags_a_tick_behind_the_close_cancels_nothing() -> None:
+    still = fresh()
+    still.closed("f", 0.0)
+    assert still.remaining_s("f", A, 0.75, 1.0) == 1.25
+
+
+@pytest.mark.xfail(
+    strict=True, reason="without stamps, a close counts for whatever is written after it, too"
+)
+def test_a_change_seen_after_the_close_cancels_it_where_stamps_cannot_be_compared() -> None:
+    still = fresh()
+    still.closed("f", 0.0)
+    assert still.remaining_s("f", A, None, 1.0) == 2.0
+    assert still.remaining_s("f", B, None, 1.5) == 30.0  # it was A after the close
+
+
+def test_forget() -> None:
+    still = fresh()
+    still.closed("f", 0.0)
+    still.remaining_s("f", A, None, 0.0)
+    still.forget("f")
+    still.forget("f")
+    still.forget("never seen")
+    assert still.remaining_s("f", A, None, 100.0) == 30.0
+
+
+def test_no_wait_at_all_can_be_asked_for() -> None:
+    assert Stillness(0.0, 0.0).remaining_s("f", A, None, 0.0) == 0.0
+
+
+# --- properties ----------------------------------------------------------------------------------
+
+steps = st.lists(st.floats(0.001, 29.0), min_size=1, max_size=30)
+seconds = st.floats(0.0, 1e6)
+
+
+@steady
+@given(steps, st.booleans())
+def test_a_growing_file_is_never_settled_however_long_it_grows(
+    gaps: list[float], stamped: bool
+) -> None:
+    still, now = fresh(), 0.0
+    for size, gap in enumerate(gaps):
+        now += gap
+        # it was written to just now, or the clocks cannot be compared
+        assert still.remaining_s("f", Signature(size, size), 0.0 if stamped else None, now) == 30.0
+
+
+@steady
+@given(steps, st.lists(st.booleans(), min_size=30, max_size=30))
+def test_closing_between_writes_settles_no_file_that_is_still_written(
+    gaps: list[float], closes: list[bool]
+) -> None:
+    still, now = fresh(), 0.0
+    for size, (gap, close) in enumerate(zip(gaps, closes, strict=False)):
+        now += gap
+        if close:
+            still.closed("f", now)
+        assert still.remaining_s("f", Signature(size, size), 0.0, now) > 0
+
+
+@steady
+@given(seconds, steps, st.one_of(st.none(), st.floats(0.0, 100.0)), st.booleans())
+def test_for_a_still_file_the_wait_only_shrinks_and_ends(
+    start: float, gaps: list[float], untouched: float | None, closed: bool
+) -> None:
+    still, now = fresh(), start
+    if closed and untouched is not None:
+        still.closed("f", start - untouched)
+    last = still.remaining_s("f", A, untouched, now)
+    for gap in gaps:
+        now += gap
+        at = None if untouched is None else untouched + (now - start)
+        left = still.remaining_s("f", A, at, now)
+        assert left <= last + 1e-6
+        last = left
+    at = None if untouched is None else untouched + (now - start) + 30.0
+    assert still.remaining_s("f", A, at, now + 30.0 + 1e-6) == 0.0
+
+
+@steady
+@given(st.floats(0.0, 60.0), st.floats(0.0, 60.0))
+def test_with_a_close_the_wait_is_never_longer_than_without(at: float, untouched: float) -> None:
+    plain, closed = fresh(), fresh()
+    closed.closed("f", at)
+    now = at + untouched
+    assert closed.remaining_s("f", A, untouched, now) <= plain.remaining_s("f", A, untouched, now)
+
+
+@steady
+@given(st.floats(0.0, 1e4), st.floats(0.0, 1e4), st.one_of(st.none(), st.floats(-10.0, 1e4)))
+def test_the_wait_is_never_negative_nor_longer_than_quiet_s(
+    first: float, second: float, untouched: float | None
+) -> None:
+    still = fresh()
+    for now in (first, first + second):
+        assert 0.0 <= still.remaining_s("f", A, untouched, now) <= 30.0
