@@ -121,8 +121,8 @@ def run(config: Config = None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with lock(settings.state_dir):
-        Service(settings, stop).run()
+    with lock(settings.state_dir), Service(settings, stop) as service:
+        service.run()
 
 
 @app.command()
@@ -154,10 +154,8 @@ def scan(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        with lock(settings.state_dir):
-            service = Service(settings, stop)
-            with _bar() as report:
-                service.run_once(everything=everything, report=report)
+        with lock(settings.state_dir), Service(settings, stop) as service, _bar() as report:
+            service.run_once(everything=everything, report=report)
     except AlreadyRunning:
         with _journal(settings) as journal, _bar() as report:
             _ask_daemon(journal, stop, everything, report)

@@ -136,6 +136,12 @@ class Journal:
                     hint="install that version, or move the journal away: a scan rebuilds it",
                 )
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:

@@ -172,7 +172,15 @@ class Service:
             kind: Recurring(_log, f"{kind}.away", f"{kind}.back", every_s=_REMIND_S, clock=clock)
             for kind in ("alyx", "root")
         }
+        self._watcher: Watcher | None = None
         self._told: RegdError | None = None  # the last outage that was logged
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.client.alyx.close()
+        self.journal.close()
 
     # --- running ---------------------------------------------------------------------------------
 
@@ -196,15 +204,15 @@ class Service:
                 reason="Alyx will mark every file as existing nowhere",
                 hint="set `repository` to the name of this disk's data repository on Alyx",
             )
-        watcher = self._watch()
+        self._watcher = self._watch()
         workers = self._start_workers()
         try:
             self._loop()
         finally:
             self.stop.set()
             self._tell()
-            if watcher is not None:
-                watcher.stop()
+            if self._watcher is not None:
+                self._watcher.stop()
             self._end(workers)
         if self._failed is not None:
             raise self._failed
@@ -283,7 +291,7 @@ class Service:
             self._news.notify_all()
 
     def _end(self, workers: list[threading.Thread]) -> None:
-        """Give work in hand a few seconds, put back what is left, and close the journal."""
+        """Give work in hand a few seconds, and put back what is left."""
         deadline = time.monotonic() + STOP_WITHIN_S
         for thread in workers:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -346,7 +354,14 @@ class Service:
         version = -1
         everything = False
         while not self.stop.is_set():
+            if self._watcher is not None and not self._watcher.is_alive():
+                _log.error("watch.died", reason="the watcher ended by itself: a new one is started")
+                self._watcher.stop()
+                self._watcher = self._watch()
+                next_scan_at = self._clock()
             if self._clock() >= next_scan_at:
+                if self._watcher is None:
+                    self._watcher = self._watch()  # the limit may have been raised meanwhile
                 self._scan(everything=everything)
                 self.journal.finish_scans()
                 next_scan_at = self._clock() + self.settings.scan.every_s

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import queue
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,11 +110,21 @@ class Watcher:
         """
         for name in _WATCHDOG_LOGGERS:
             logging.getLogger(name).addFilter(self._filter)
+        # A folder whose watch is set twice, by its event and by the walk of its parent, is well;
+        # the warning would reach nobody who can act on it.
+        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         try:
             self._observer.start()
         except OSError as error:
             self.stop()
             raise NeedsHuman(*_explain(error, self._root)) from None
+
+    def is_alive(self) -> bool:
+        """Say whether every thread that carries events is still there."""
+        threads = [self._observer, *self._observer.emitters]
+        # the thread that reads from the kernel; watchdog does not show it
+        reader = getattr(self._observer, "_inotify_fd", None)
+        return all(t.is_alive() for t in (*threads, reader) if t is not None)
 
     def stop(self) -> None:
         """Take the watches down."""
