@@ -90,10 +90,12 @@ def refuse_null(value: Any, null: bool) -> None:
 # -- plain columns
 
 
-def plain(model_name: str, name: str, **override: Any) -> Item:
-    """A column as it is, with the checks its declaration implies."""
+def plain(model_name: str, name: str, *, limits: bool = True, **override: Any) -> Item:
+    """A column as it is, with the checks its declaration implies; its kind's alone if not `limits`."""
     model = MODELS[model_name]
     column = model.fields[name]
+    if not limits:
+        column = Field(column.kind, column.blank, column.null, column.default)
     required = column.default is None and not (column.blank or column.null)
     options: dict[str, Any] = {
         "required": required and column.kind not in ("bool",),
@@ -174,7 +176,7 @@ def _integer(column: Field, value: Any, _: Mapping[str, Any]) -> int:
         number = int(re.sub(r"\.0*\s*$", "", str(value)))
     except ValueError:
         raise Invalid("A valid integer is required.") from None
-    most = 2**31 - 1 if column.kind == "int" else 2**63 - 1
+    most = {"int": 2**31 - 1}.get(column.kind, math.inf)
     if number > most:
         raise Invalid(f"Ensure this value is less than or equal to {most}.")
     if number < -most - 1:

@@ -246,9 +246,14 @@ def _tagged(column: str) -> Filter:
 
 def _created(sign: str) -> Filter:
     def apply(query: Query, moment: str) -> None:
-        query.filter(f"created_datetime__date__{sign}", moment)
+        query.filter(f"created_datetime__date__{sign}", moment[:10])
 
     return tested(apply, _moment)
+
+
+def _unknown_choice(_: Store, value: str) -> None:
+    if value:
+        raise Invalid("Select a valid choice. That choice is not one of the available choices.")
 
 
 def _probe(query: Query, _: str) -> None:
@@ -300,6 +305,7 @@ DATASETS = {
     "created_by": by("created_by__username"), "dataset_type": by("dataset_type__name"),
     "experiment_number": by("session__number"),
     "created_date_gte": _created("gte"), "created_date_lte": _created("lte"),
+    "content_type": tested(_nothing, _unknown_choice),
     "exists": tested(_exists, _boolean), "probe_insertion": tested(_probe, _uuid),
     "public": _tagged("public"), "protected": _tagged("protected"), "tag": by("tags__name"),
     "revision": by("revision__name"), "qc": tested(_qc),

@@ -16,6 +16,7 @@ from one.alf.spec import COLLECTION_SPEC, QC, is_valid, regex
 from regd.sandbox.query import QueryError
 from regd.sandbox.schema import MODELS
 from regd.sandbox.store import Row, Store
+from regd.sandbox.times import parse_day
 
 if TYPE_CHECKING:
     from regd.sandbox.app import Context
@@ -220,6 +221,8 @@ def _other_object(
         return None
     if not (named and object_id):
         raise Answered(400, error="Both content_type and object_id should be provided together.")
+    if named == "session":  # Alyx's web framework has sessions of its own
+        raise QueryError("get() returned more than one ContentType -- it returned 2!")
     kinds = {name: table for name, table in _CONTENT_TYPES.items() if named in (name, table)}
     if not kinds:
         raise Answered(400, detail=f"Invalid content type: {named}")
@@ -286,11 +289,12 @@ def _session(store: Store, subject: Row, day: str, number: int, user: Row) -> Ro
 
 
 def _check_day(day: str) -> None:
-    year, month, number = (int(part) for part in day.split("-"))
-    if not (year and 1 <= month <= 12 and 1 <= number <= 31):
+    try:
+        parse_day(day)
+    except ValueError:
         raise QueryError(
             f"['“{day}” value has the correct format (YYYY-MM-DD) but it is an invalid date.']"
-        )
+        ) from None
 
 
 def _add_user(store: Store, session: Row, user: Row) -> None:
@@ -388,6 +392,9 @@ def _history(store: Store, target: Target, place: Place) -> list[dict[str, bool]
 # -- registering
 
 
+_RECORD_PATH = re.compile(MODELS["filerecord"].fields["relative_path"].pattern or "")
+
+
 @dataclass
 class _Batch:
     """The files of one request, registered one after the other."""
@@ -448,7 +455,7 @@ class _Batch:
             values["hash"] = str(digest)
         if size is not None:
             values["file_size"] = size
-        errors = _too_long(values)
+        errors = _beyond_limits(values)
         if errors:
             raise Answered(400, detail=f'Invalid dataset "{place.path}": {errors}')
         self.store.update("dataset", dataset_id, values)
@@ -464,6 +471,9 @@ class _Batch:
                 "different dataset.",
             )
         exists = repository in self.exists_in
+        if not _RECORD_PATH.match(path):
+            problem = {"relative_path": [MODELS["filerecord"].fields["relative_path"].message]}
+            raise Answered(400, detail=f'Invalid file record "{path}": {problem}')
         if held is None:
             self.store.insert("filerecord", {**key, "dataset": dataset_id, "exists": exists})
         elif patched:
@@ -525,7 +535,7 @@ def drop_default(store: Store, where: Mapping[str, Any], collection: str, name: 
     )
 
 
-def _too_long(values: Mapping[str, Any]) -> dict[str, list[str]]:
+def _beyond_limits(values: Mapping[str, Any]) -> dict[str, list[str]]:
     fields = MODELS["dataset"].fields
     errors = {}
     for name, value in values.items():
@@ -534,6 +544,8 @@ def _too_long(values: Mapping[str, Any]) -> dict[str, list[str]]:
             errors[name] = [
                 f"Ensure this value has at most {most} characters (it has {len(value)})."
             ]
+        if name == "file_size" and value >= 2**63:
+            errors[name] = [f"Ensure this value is less than or equal to {2**63 - 1}."]
     return errors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -216,10 +217,10 @@ _DATASET: Items = (
     slug("dataset", "created_by", "username", default=CALLER),
     plain("dataset", "created_datetime"),
     slug("dataset", "dataset_type", required=True), slug("dataset", "data_format"),
-    plain("dataset", "collection", null=True),
+    plain("dataset", "collection", limits=False, null=True),
     link("dataset", "session", "sessions"), plain("dataset", "file_size"),
-    plain("dataset", "hash", null=True, blank=False),
-    plain("dataset", "version", null=True, blank=False),
+    plain("dataset", "hash", limits=False, null=True, blank=False),
+    plain("dataset", "version", limits=False, null=True, blank=False),
     read_only("experiment_number",
               lambda c, row: c.store.slug("session", "number", row["session"])),
     read_only("file_records", _records),
@@ -245,10 +246,22 @@ def _before_dataset(context: Context, values: Values, row: Row | None) -> None:
     if "session" not in values and subject and day:
         values.pop("created_by", None)
         values["session"] = _session_of(context, subject, day, number)
+    elif number is not None:
+        raise QueryError("Dataset() got unexpected keyword arguments: 'number'")
     if values.get("session") and values.get("default_dataset") is not False:
         where = {"session": values["session"]}
         drop_default(context.store, where, values.get("collection", ""), values["name"])
         values["default_dataset"] = True
+
+
+_COLLECTION = MODELS["dataset"].fields["collection"]
+
+
+def _after_dataset(context: Context, row_id: str, _: Values) -> None:
+    """Alyx looks at the collection when it was stored already; a bad one stays, and fails again."""
+    collection = context.store.get("dataset", row_id)["collection"]
+    if collection and not re.search(_COLLECTION.pattern or "", collection):
+        raise QueryError(str({"collection": [_COLLECTION.message]}))
 
 
 def _session_of(context: Context, subject: str, day: str, number: int | None) -> str:
@@ -261,6 +274,8 @@ def _session_of(context: Context, subject: str, day: str, number: int | None) ->
     for row in sorted(held, key=lambda row: str(row["id"])):
         if row["number"] == number:
             return str(row["id"])
+    if number is None:
+        raise QueryError("%d format: a real number is required, not NoneType")
     raise QueryError(f"A session for {nickname}/{number} on {day} does not exist")
 
 
@@ -276,6 +291,13 @@ def _keep_protected(context: Context, row: Row) -> None:
         raise Answered(
             403, detail=f"Failed to delete dataset {row['name']} due to protected tag(s) {listed}"
         )
+
+
+def _after_file(context: Context, row_id: str, _: Values) -> None:
+    """Writing a file record is writing its dataset, too."""
+    dataset = context.store.get("filerecord", row_id)["dataset"]
+    context.store.update("dataset", dataset, {})
+    _after_dataset(context, dataset, {})
 
 
 _FILE: Items = (
@@ -439,9 +461,9 @@ _ALL = (
     ),
     Resource(
         "datasets", "dataset", _DATASET, listed=_DATASET_LISTED, list_reads_only=True,
-        filters=filters.DATASETS, before=_before_dataset, before_delete=_keep_protected,
+        filters=filters.DATASETS, before=_before_dataset, after=_after_dataset, before_delete=_keep_protected,
     ),
-    Resource("files", "filerecord", _FILE, filters=filters.FILES),
+    Resource("files", "filerecord", _FILE, filters=filters.FILES, after=_after_file),
     Resource(
         "revisions", "revision",
         _columns("revision", "id", "json", "name", "description", "created_datetime"),

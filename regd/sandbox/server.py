@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import signal
 import socket
 import sys
 import threading
@@ -37,16 +40,45 @@ class PortInUseError(OSError):
     """Something else listens there; the message says what to do."""
 
 
-class _Quiet(uvicorn.Server):
-    """A uvicorn server that says when it is up."""
+class _Prompt(uvicorn.Server):
+    """A uvicorn server that says when it is up, and stops at once when idle.
+
+    uvicorn looks ten times a second whether to stop, and then waits as long again.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.up = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self.up.set()
+
+    async def main_loop(self) -> None:
+        ticks = 0
+        while not await self.on_tick(ticks := ticks + 1):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._told.wait(), 0.1)
+
+    def tell_to_stop(self) -> None:
+        """Stop; may be called from another thread."""
+        self.should_exit = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._told.set)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.server_state.tasks:
+            await super().shutdown(sockets)
+            return
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        while self.server_state.connections:
+            await asyncio.sleep(0)  # a closed connection is gone by the loop's next turn
 
 
 class Server:
@@ -80,9 +112,11 @@ class Server:
         self.store = Store(str(db))
         self.requests: deque[Asked] = deque(maxlen=_REMEMBERED)
         """What was asked, oldest first; the last hundred thousand."""
+        self.passwords: dict[str, str] = {}
+        """The users of the lab that was loaded; nobody, where the file held a lab already."""
         try:
             if self.store.is_empty:
-                self.store.load(load)
+                self.passwords = self.store.load(load)
             self._socket = _listen(host, port)
         except BaseException:
             self.store.close()
@@ -93,7 +127,7 @@ class Server:
             app, log_config=None, access_log=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=2, server_header=False,
         )  # fmt: skip
-        self._server = _Quiet(config)
+        self._server = _Prompt(config)
         self._thread: threading.Thread | None = None
 
     @property
@@ -104,29 +138,18 @@ class Server:
 
     def start(self) -> Self:
         """Answer from now on, in a thread; it is up when this returns."""
-        self._thread = threading.Thread(target=self._run, name="sandbox", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="sandbox", daemon=True
+        )
         self._thread.start()
         self._server.up.wait()
         return self
 
     def stop(self) -> None:
         """Finish what is being answered, and close the port and the database."""
-        self._server.should_exit = True
+        self._server.tell_to_stop()
         if self._thread is not None:
             self._thread.join()
-        self._close()
-
-    def run(self) -> None:
-        """Answer in this thread until SIGINT or SIGTERM."""
-        try:
-            self._run()
-        finally:
-            self._close()
-
-    def _run(self) -> None:
-        self._server.run(sockets=[self._socket])
-
-    def _close(self) -> None:
         self._socket.close()
         self.store.close()
 
@@ -149,7 +172,8 @@ class Server:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio turns off Nagle's algorithm, 40 ms an answer, only where the protocol is stated
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
@@ -173,15 +197,24 @@ def serve(
 
     Raises what `Server` raises.
     """
-    server = Server(host, port, db, load, rate_limit)
-    _announce(server, str(db))
-    server.run()
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with Server(host, port, db, load, rate_limit) as server:
+        for number in before:
+            signal.signal(number, lambda *_: stop.set())
+        _announce(server, str(db))
+        stop.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _announce(server: Server, db: str) -> None:
     lines = [
         f"Alyx sandbox at {server.url} (database: {db})",
         "It is for trials and tests. It is not a database to keep data in.",
+        "Users, each with the password to log in with:",
+        *(f"  {name}  {password}" for name, password in server.passwords.items()),
+        "Stop it with Ctrl-C.",
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n\n")
     sys.stdout.flush()

@@ -24,6 +24,10 @@ class LoadError(ValueError):
     """The lab to load, or the database file, is not usable; the message says what to do."""
 
 
+class DatabaseRefusedError(Exception):
+    """A value a column cannot hold, in the words of the database below Alyx."""
+
+
 def hash_password(password: str) -> str:
     """Salt and hash a password; few rounds, since this guards nothing but a trial."""
     salt = secrets.token_hex(8)
@@ -48,6 +52,12 @@ def encode(column: Field, value: Any) -> Any:
         return json.dumps(value)
     if column.kind == "bool":
         return int(value)
+    if column.max_length and len(value) > column.max_length:
+        raise DatabaseRefusedError(
+            f"value too long for type character varying({column.max_length})\n"
+        )
+    if column.kind == "bigint" and abs(value) >= 2**63:
+        raise DatabaseRefusedError("bigint out of range\n")
     return value
 
 
@@ -235,8 +245,10 @@ class Store:
 
     # -- the lab
 
-    def load(self, lab: str | Path | Mapping[str, Any] | None) -> None:
+    def load(self, lab: str | Path | Mapping[str, Any] | None) -> dict[str, str]:
         """Fill an empty database with `lab`: a JSON file, its content, or None for the built-in.
+
+        Returns the users with their passwords, of which the database keeps a hash.
 
         Raises LoadError, with what is wrong, and leaves the database empty.
         """
@@ -252,6 +264,7 @@ class Store:
                 "locations, procedures, water_types, dataset_types and data_formats"
             ) from None
         self.db.execute("COMMIT")
+        return {user["username"]: user["password"] for user in content["users"]}
 
     def _load(self, content: Mapping[str, Any]) -> None:
         known = _catalogue()
