@@ -141,7 +141,7 @@ def scan(
     1 when something needs a person: `regd status` says what.
     """
     from regd.logs import configure
-    from regd.service import AlreadyRunning, Service, lock
+    from regd.service import AlreadyRunning, Service, lock, progress
     from regd.status import needs_human
 
     settings = _daemon_settings(config)
@@ -160,9 +160,10 @@ def scan(
         with _journal(settings) as journal, _bar() as report:
             _ask_daemon(journal, stop, everything, report)
     with _journal(settings, read_only=True) as journal:
-        left = needs_human(journal)
-        _show_scan(journal, left)
-    raise typer.Exit(1 if left else 0)
+        people = needs_human(journal)
+        sessions_left = progress(journal).sessions_left
+        _show_scan(journal, people, sessions_left)
+    raise typer.Exit(1 if people or sessions_left else 0)
 
 
 def _ask_daemon(journal: Journal, stop: threading.Event, everything: bool, report: Any) -> None:
@@ -246,8 +247,8 @@ def _scratch_or_real_journal(settings: Settings) -> Iterator[Journal]:
             journal.close()
 
 
-def _show_scan(journal: Journal, left: int) -> None:
-    from regd.model import FileState
+def _show_scan(journal: Journal, people: int, sessions_left: int) -> None:
+    from regd.model import FileState, SessionState
 
     sessions, in_files = journal.counts()
     registered = in_files[FileState.REGISTERED]
@@ -255,10 +256,18 @@ def _show_scan(journal: Journal, left: int) -> None:
     backlog = journal.fact("backlog") or {"sessions": 0}
     if backlog["sessions"]:
         done += f", {backlog['sessions']} old sessions left alone (regd scan --all takes them)"
-    out.print(done)
-    if left:
-        things = "1 thing needs" if left == 1 else f"{left} things need"
-        out.print(f"[yellow]{things} a person: regd status[/yellow]")
+    if sessions[SessionState.HELD]:
+        done += f", {sessions[SessionState.HELD]} sessions held until they are flagged"
+    out.print(done, soft_wrap=True)
+    if sessions_left:
+        out.print(f"[yellow]{_count(sessions_left, 'session')} left: run it again[/yellow]")
+    if people:
+        needs = "needs" if people == 1 else "need"
+        out.print(f"[yellow]{_count(people, 'thing')} {needs} a person: regd status[/yellow]")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 # --- status, retry -------------------------------------------------------------------------------
@@ -362,7 +371,7 @@ def retry(
                 f"regd knows no session {folder}", hint="`regd status` shows how it is called"
             )
         count = journal.retry(folder)
-    out.print(f"{count} session{'' if count == 1 else 's'} put back to work")
+    out.print(f"{_count(count, 'session')} put back to work")
 
 
 def _folder_of(session: str, settings: Settings) -> str:
@@ -401,15 +410,18 @@ def sandbox(
     ] = "550/minute",
 ) -> None:
     """Run an Alyx stand-in to try things on. Not a database to keep data in."""
+    from regd.errors import InvalidInput
+
     try:
         from regd.sandbox.server import serve
     except ModuleNotFoundError as error:
-        from regd.errors import InvalidInput
-
         raise InvalidInput(
             f"the sandbox needs {error.name}", hint="pip install 'regd[sandbox]'"
         ) from None
-    serve(host, port, db, load, None if rate_limit.lower() == "none" else rate_limit)
+    try:
+        serve(host, port, db, load, None if rate_limit.lower() == "none" else rate_limit)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
 
 
 @app.command()
