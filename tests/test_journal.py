@@ -1,0 +1,936 @@
+"""The journal, on real SQLite files."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from regd.errors import InvalidInput, NeedsHuman
+from regd.journal import FILE_NAME, SCHEMA_VERSION, FileRow, Journal
+from regd.model import FileState, SessionPath, SessionState, Signature
+from regd.paths import parse_session
+
+WAITING, WORKING, DONE, HELD, PARKED = SessionState
+
+
+def path_of(number: int | str = 1, subject: str = "a", lab: str = "") -> SessionPath:
+    folder = f"{lab}/Subjects/{subject}" if lab else subject
+    return parse_session((*folder.split("/"), "2020-01-01", f"{number:0>3}"))
+
+
+A, B = path_of(1), path_of(2)
+
+
+@dataclass
+class Clock:
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / FILE_NAME
+
+
+@pytest.fixture
+def journal(file: Path, clock: Clock) -> Iterator[Journal]:
+    journal = Journal(file, now=clock)
+    yield journal
+    journal.close()
+
+
+def note(journal: Journal, session: SessionPath = A, due_at: float = 1000.0, **more: Any) -> None:
+    assert journal.note(session, due_at=due_at, **more) is None
+
+
+def row_of(journal: Journal, session: SessionPath = A) -> Any:
+    row = journal.session(session.folder)
+    assert row is not None
+    return row
+
+
+def claim_and_release(journal: Journal, state: SessionState, **more: Any) -> None:
+    row = journal.claim()
+    assert row is not None
+    if state in (PARKED, HELD):
+        more = {"reason": "because", "hint": "do this", **more}
+    journal.release(row.id, state, **more)
+
+
+# --- sessions: one step at a time ----------------------------------------------------------------
+
+
+def test_a_noted_session_waits_and_is_claimed_when_it_is_due(
+    journal: Journal, clock: Clock
+) -> None:
+    note(journal, due_at=1010.0)
+    row = row_of(journal)
+    assert (row.folder, row.state, row.flagged, row.eid, row.doubt, row.due_at, row.attempt) == (
+        "a/2020-01-01/001", WAITING, False, None, True, 1010.0, 0,
+    )  # fmt: skip
+    assert row.path == A
+    assert journal.claim() is None
+    assert journal.next_due_at() == 1010.0
+    clock.now = 1010.0
+    claimed = journal.claim()
+    assert claimed is not None
+    assert (claimed.id, claimed.state, claimed.changed_at) == (row.id, WORKING, 1010.0)
+    assert journal.claim() is None
+    assert journal.next_due_at() is None
+
+
+def test_the_session_due_longest_goes_first(journal: Journal, clock: Clock) -> None:
+    for number, due_at in ((1, 900.0), (2, 800.0), (3, 1000.0), (4, 1001.0)):
+        note(journal, path_of(number), due_at)
+    claimed = [journal.claim() for _ in range(4)]
+    assert [row.path.number if row else None for row in claimed] == ["002", "001", "003", None]
+
+
+def test_noting_again_only_ever_brings_it_forward(journal: Journal) -> None:
+    note(journal, due_at=1010.0)
+    note(journal, due_at=1005.0)
+    assert row_of(journal).due_at == 1005.0
+    note(journal, due_at=1050.0)
+    assert row_of(journal).due_at == 1005.0
+
+
+def test_a_flag_is_remembered_until_it_is_gone(journal: Journal) -> None:
+    note(journal, flagged=True)
+    note(journal, flagged=False)
+    assert row_of(journal).flagged is True
+    journal.unflagged(row_of(journal).id)
+    assert row_of(journal).flagged is False
+
+
+def test_release_writes_all_that_is_said(journal: Journal, clock: Clock) -> None:
+    note(journal)
+    clock.now = 1003.0
+    claim_and_release(journal, WAITING, due_at=1060.0, attempt=3, reason="r", hint="h")
+    row = row_of(journal)
+    assert (row.state, row.due_at, row.attempt, row.reason, row.hint, row.changed_at) == (
+        WAITING, 1060.0, 3, "r", "h", 1003.0,
+    )  # fmt: skip
+
+
+def test_only_a_claimed_session_is_released(journal: Journal) -> None:
+    note(journal)
+    row = row_of(journal)
+    journal.release(row.id, DONE)
+    assert row_of(journal) == row
+    claim_and_release(journal, DONE)
+    journal.release(row.id, PARKED, reason="late")
+    assert row_of(journal).state is DONE
+
+
+@pytest.mark.parametrize("state", [WAITING, DONE, HELD])
+def test_a_hint_during_the_work_keeps_the_session_due(
+    journal: Journal, clock: Clock, state: SessionState
+) -> None:
+    note(journal)
+    assert journal.claim()
+    note(journal, due_at=1020.0)
+    note(journal, due_at=1010.0)
+    note(journal, due_at=1030.0)
+    assert row_of(journal).state is WORKING
+    journal.release(row_of(journal).id, state, due_at=5000.0, reason="because")
+    assert (row_of(journal).state, row_of(journal).due_at) == (WAITING, 1010.0)
+    clock.now = 1010.0
+    assert journal.claim()
+    journal.release(row_of(journal).id, DONE)
+    assert row_of(journal).state is DONE  # the hint is used up
+
+
+def test_a_hint_during_the_work_does_not_put_off_an_earlier_attempt(journal: Journal) -> None:
+    note(journal)
+    assert journal.claim()
+    note(journal, due_at=2000.0)
+    journal.release(row_of(journal).id, WAITING, due_at=1005.0)
+    assert row_of(journal).due_at == 1005.0
+
+
+def test_parking_is_not_undone_by_a_hint(journal: Journal) -> None:
+    note(journal)
+    assert journal.claim()
+    note(journal, due_at=1001.0)
+    journal.release(row_of(journal).id, PARKED, reason="because", hint="do this")
+    note(journal, due_at=1002.0)
+    note(journal, due_at=1002.0, flagged=True)
+    row = row_of(journal)
+    assert (row.state, row.reason, row.hint) == (PARKED, "because", "do this")
+    assert journal.claim() is None
+    assert journal.next_due_at() is None
+
+
+def test_a_new_flag_undoes_parking(journal: Journal) -> None:
+    note(journal)
+    claim_and_release(journal, PARKED)
+    note(journal, due_at=1001.0, flagged=True, new_flag=True)
+    assert (row_of(journal).state, row_of(journal).due_at) == (WAITING, 1001.0)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a flag put there while the session is in work is forgotten by parking it"
+)
+def test_a_new_flag_during_the_work_undoes_parking(journal: Journal) -> None:
+    note(journal)
+    assert journal.claim()
+    note(journal, due_at=1001.0, flagged=True, new_flag=True)
+    journal.release(row_of(journal).id, PARKED, reason="because", hint="do this")
+    assert row_of(journal).state is WAITING
+
+
+def test_a_held_session_is_looked_at_again_at_its_time(journal: Journal, clock: Clock) -> None:
+    note(journal)
+    claim_and_release(journal, HELD, due_at=1600.0)
+    assert journal.next_due_at() == 1600.0
+    note(journal, due_at=1001.0, held_until=1300.0)  # a new file: not at once, but sooner
+    assert (row_of(journal).state, row_of(journal).due_at) == (HELD, 1300.0)
+    note(journal, due_at=1001.0, held_until=1900.0)
+    assert row_of(journal).due_at == 1300.0
+    note(journal, due_at=1250.0)  # nobody says until when: when it is due
+    assert row_of(journal).due_at == 1250.0
+    clock.now = 1250.0
+    assert journal.claim()
+
+
+def test_a_flag_ends_holding_at_once(journal: Journal) -> None:
+    note(journal)
+    claim_and_release(journal, HELD, due_at=1600.0)
+    note(journal, due_at=1001.0, flagged=True, new_flag=True, held_until=1900.0)
+    assert (row_of(journal).state, row_of(journal).due_at) == (WAITING, 1001.0)
+
+
+def test_a_done_session_goes_back_to_work(journal: Journal, clock: Clock) -> None:
+    note(journal)
+    claim_and_release(journal, DONE)
+    clock.now = 1010.0
+    note(journal, due_at=1012.0)
+    row = row_of(journal)
+    assert (row.state, row.due_at, row.changed_at) == (WAITING, 1012.0, 1010.0)
+
+
+def test_one_session_in_two_folders_is_refused(journal: Journal) -> None:
+    note(journal, path_of(1, "a"))
+    before = journal.sessions()
+    twins = [
+        SessionPath("a/2020-01-01/1", "a", "2020-01-01", "1"),
+        path_of(1, "a", lab="lab"),
+    ]
+    for twin in twins:
+        assert journal.note(twin, due_at=1.0, flagged=True) == "a/2020-01-01/001"
+    assert journal.sessions() == before
+    note(journal, path_of(1, "A"))  # another subject
+
+
+def test_identify(journal: Journal) -> None:
+    note(journal)
+    row = row_of(journal)
+    journal.identify(row.id, "eid", doubt=False)  # not in work: nobody may
+    assert row_of(journal).eid is None
+    assert journal.claim()
+    journal.identify(row.id, "eid", doubt=False)
+    assert (row_of(journal).eid, row_of(journal).doubt) == ("eid", False)
+    journal.set_doubt(row.id, True)
+    assert row_of(journal).doubt is True
+
+
+def test_recover_puts_back_what_was_in_work_with_a_doubt(journal: Journal, clock: Clock) -> None:
+    for number in (1, 2, 3):
+        note(journal, path_of(number), due_at=900.0 + number)
+    claimed = [journal.claim(), journal.claim()]
+    for row in claimed:
+        assert row
+        journal.identify(row.id, "eid", doubt=False)
+    note(journal, path_of(1), due_at=5000.0)  # a hint during the work
+    clock.now = 1100.0
+    assert journal.recover() == 2
+    assert journal.recover() == 0
+    for number in (1, 2):
+        row = row_of(journal, path_of(number))
+        assert (row.state, row.due_at, row.doubt, row.eid) == (WAITING, 1100.0, True, "eid")
+    assert row_of(journal, path_of(3)).due_at == 903.0
+
+
+def test_retry_of_one_session(journal: Journal, clock: Clock) -> None:
+    for number in (1, 2):
+        note(journal, path_of(number))
+        claim_and_release(journal, PARKED, attempt=7)
+    clock.now = 1050.0
+    assert journal.retry(A.folder) == 1
+    row = row_of(journal)
+    assert (row.state, row.due_at, row.attempt, row.changed_at) == (WAITING, 1050.0, 0, 1050.0)
+    assert row_of(journal, B).state is PARKED
+    assert journal.retry("a/2020-01-01/099") == 0
+
+
+def test_retry_of_all(journal: Journal, clock: Clock) -> None:
+    states = {1: PARKED, 2: HELD, 3: DONE, 4: DONE, 5: WAITING}
+    for number, state in states.items():
+        note(journal, path_of(number), due_at=100.0 + number)
+        claim_and_release(journal, state, due_at=9e9)
+    refused = FileRow("x", FileState.REFUSED, Signature(1, 1), reason="no")
+    kept = FileRow("y", FileState.REGISTERED, Signature(1, 1))
+    journal.write_files(row_of(journal, path_of(4)).id, [refused, kept])
+    note(journal, path_of(6))
+    assert journal.claim()
+    assert journal.retry(None) == 4
+    left = {n: row_of(journal, path_of(n)).state for n in range(1, 7)}
+    assert left == {1: WAITING, 2: WAITING, 3: DONE, 4: WAITING, 5: WAITING, 6: WORKING}
+    # so that the refused file is taken for a new one
+    assert set(journal.files(row_of(journal, path_of(4)).id)) == {"y"}
+
+
+def test_retry_of_a_done_session_that_is_named(journal: Journal) -> None:
+    note(journal)
+    claim_and_release(journal, DONE)
+    assert journal.retry(A.folder) == 1
+    assert row_of(journal).state is WAITING
+
+
+def test_retry_leaves_a_session_in_work_alone(journal: Journal) -> None:
+    note(journal)
+    assert journal.claim()
+    refused = FileRow("x", FileState.REFUSED, Signature(1, 1), reason="no")
+    journal.write_files(row_of(journal).id, [refused])
+    assert journal.retry(A.folder) == 0
+    assert journal.retry(None) == 0
+    assert row_of(journal).state is WORKING
+    assert "x" in journal.files(row_of(journal).id)
+
+
+def test_sessions_by_state_the_latest_change_first(journal: Journal, clock: Clock) -> None:
+    for number in (1, 2, 3):
+        clock.now += 1
+        note(journal, path_of(number), due_at=number)
+    clock.now += 1
+    claim_and_release(journal, DONE)
+    assert [r.path.number for r in journal.sessions()] == ["001", "003", "002"]
+    assert [r.path.number for r in journal.sessions(WAITING)] == ["003", "002"]
+    assert [r.path.number for r in journal.sessions(WAITING, DONE, limit=2)] == ["001", "003"]
+    assert journal.sessions(PARKED) == []
+
+
+# --- sessions: any order of steps ----------------------------------------------------------------
+
+
+@dataclass
+class Expected:
+    """What a session must be; the rules of the journal in a few lines of Python."""
+
+    state: SessionState
+    due_at: float
+    flagged: bool
+    hinted_at: float | None = None
+
+
+class JournalMachine(RuleBasedStateMachine):
+    """Any order of steps of several workers, scans and people."""
+
+    numbers = st.integers(1, 3)
+    delays = st.sampled_from([-5.0, 0.0, 1.0, 10.0])
+
+    @initialize()
+    def open(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.clock = Clock()
+        self.path = Path(self.folder.name, FILE_NAME)
+        self.journal = Journal(self.path, now=self.clock)
+        self.model: dict[str, Expected] = {}
+
+    def teardown(self) -> None:
+        self.journal.close()
+        self.folder.cleanup()
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 7.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule()
+    def reopen(self) -> None:
+        """As after a stop; what is in work stays so until `recover`."""
+        self.journal.close()
+        self.journal = Journal(self.path, now=self.clock)
+
+    @rule(number=numbers, delay=delays, flagged=st.booleans(), new=st.booleans(), held=delays)
+    def note(self, number: int, delay: float, flagged: bool, new: bool, held: float) -> None:
+        session, now = path_of(number), self.clock.now
+        due_at, held_until, new_flag = now + delay, now + held, flagged and new
+        assert (
+            self.journal.note(
+                session, due_at=due_at, flagged=flagged, new_flag=new_flag, held_until=held_until
+            )
+            is None
+        )
+        old = self.model.get(session.folder)
+        if old is None:
+            self.model[session.folder] = Expected(WAITING, due_at, flagged)
+            return
+        old.flagged |= flagged
+        match old.state:
+            case SessionState.WORKING:
+                old.hinted_at = min(old.hinted_at or due_at, due_at)
+            case SessionState.WAITING:
+                old.due_at = min(old.due_at, due_at)
+            case SessionState.HELD if not flagged:
+                old.due_at = min(old.due_at, held_until)
+            case SessionState.PARKED if not new_flag:
+                pass
+            case _:
+                old.state, old.due_at = WAITING, due_at
+
+    @rule()
+    def claim(self) -> None:
+        row, now = self.journal.claim(), self.clock.now
+        due = {
+            folder: e.due_at
+            for folder, e in self.model.items()
+            if e.state in (WAITING, HELD) and e.due_at <= now
+        }
+        if row is None:
+            assert not due
+            return
+        # the one that is due longest, so that none is starved; and never one in work
+        assert due[row.folder] == min(due.values())
+        expected = self.model[row.folder]
+        expected.state, expected.hinted_at = WORKING, None
+
+    @rule(
+        data=st.data(),
+        state=st.sampled_from([WAITING, DONE, HELD, PARKED]),
+        delay=delays,
+        attempt=st.integers(0, 3),
+    )
+    def release(self, data: st.DataObject, state: SessionState, delay: float, attempt: int) -> None:
+        working = sorted(f for f, e in self.model.items() if e.state is WORKING)
+        if not working:
+            return
+        folder = data.draw(st.sampled_from(working))
+        row = self.journal.session(folder)
+        assert row
+        due_at = self.clock.now + delay
+        self.journal.release(row.id, state, due_at=due_at, attempt=attempt, reason="r")
+        old = self.model[folder]
+        hinted_at, old.hinted_at = old.hinted_at, None
+        if hinted_at is None:
+            old.state, old.due_at = state, due_at
+        elif state is PARKED:
+            old.state = PARKED
+        else:
+            old.state = WAITING
+            old.due_at = min(hinted_at, due_at) if state is WAITING else hinted_at
+
+    @rule(number=st.one_of(st.none(), numbers))
+    def retry(self, number: int | None) -> None:
+        folder = None if number is None else path_of(number).folder
+        count = self.journal.retry(folder)
+        changed = [
+            e
+            for f, e in self.model.items()
+            if e.state is not WORKING
+            and (f == folder or (folder is None and e.state in (PARKED, HELD, WAITING)))
+        ]
+        assert count == len(changed)
+        for expected in changed:
+            expected.state, expected.due_at = WAITING, self.clock.now
+
+    @rule()
+    def recover(self) -> None:
+        working = [e for e in self.model.values() if e.state is WORKING]
+        assert self.journal.recover() == len(working)
+        for expected in working:
+            expected.state, expected.due_at = WAITING, self.clock.now
+
+    @invariant()
+    def the_journal_is_as_the_rules_say(self) -> None:
+        if not hasattr(self, "model"):
+            return
+        rows = {row.folder: row for row in self.journal.sessions()}
+        assert set(rows) == set(self.model)
+        for folder, expected in self.model.items():
+            row = rows[folder]
+            assert (row.state, row.flagged) == (expected.state, expected.flagged)
+            if expected.state in (WAITING, HELD):
+                assert row.due_at == expected.due_at
+        waiting = [e.due_at for e in self.model.values() if e.state in (WAITING, HELD)]
+        assert self.journal.next_due_at() == min(waiting, default=None)
+
+
+TestJournalMachine = JournalMachine.TestCase
+TestJournalMachine.settings = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    stateful_step_count=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def ready(path: str, **more: Any) -> FileRow:
+    return FileRow(path, FileState.READY, Signature(3, 7), md5="m", **more)
+
+
+def test_files_are_kept_as_written(journal: Journal, clock: Clock) -> None:
+    note(journal)
+    id_ = row_of(journal).id
+    rows = [
+        ready("alf/a.npy"),
+        FileRow("b", FileState.PLACING, Signature(2**62, -1), "m", "d", "#r#/b", first_seen_at=5.0),
+        FileRow("c", FileState.REFUSED, Signature(0, 0), reason="why", hint="what to do"),
+        FileRow("d", FileState.SETTLING, Signature(0, 0)),
+        FileRow("e", FileState.REGISTERED, Signature(0, 0), dataset_id="d"),
+    ]
+    journal.write_files(id_, rows)
+    written = [replace(r, first_seen_at=r.first_seen_at or 1000.0, changed_at=1000.0) for r in rows]
+    assert journal.files(id_) == {r.path: r for r in written}
+    assert journal.known(A.folder) == (row_of(journal), journal.files(id_))
+    assert journal.known("unknown") is None
+    clock.now = 1001.0
+    journal.write_files(id_, [written[1]], gone=["c", "never there"])
+    assert set(journal.files(id_)) == {"alf/a.npy", "b", "d", "e"}
+    assert (journal.files(id_)["b"].first_seen_at, journal.files(id_)["b"].changed_at) == (5, 1001)
+    journal.write_files(id_, [])
+
+
+def test_a_file_that_is_gone_and_back_in_one_write_is_kept(journal: Journal) -> None:
+    note(journal)
+    id_ = row_of(journal).id
+    journal.write_files(id_, [ready("a")])
+    journal.write_files(id_, [ready("a")], gone=["a"])
+    assert set(journal.files(id_)) == {"a"}
+
+
+def test_ready_files_come_in_order_and_no_more_than_asked_for(journal: Journal) -> None:
+    for session in (A, B):
+        note(journal, session)
+        journal.write_files(row_of(journal, session).id, [ready(f"{n}") for n in range(5)])
+    id_ = row_of(journal).id
+    journal.write_files(id_, [FileRow("0", FileState.REGISTERED, Signature(1, 1))])
+    assert [f.path for f in journal.ready_files(id_, 2)] == ["1", "2"]
+    assert [f.path for f in journal.ready_files(id_, -1)] == ["1", "2", "3", "4"]
+
+
+def test_files_in_states_of_all_sessions(journal: Journal) -> None:
+    for session in (B, A):
+        note(journal, session)
+        refused = FileRow("z", FileState.REFUSED, Signature(1, 1), reason="no")
+        journal.write_files(row_of(journal, session).id, [refused, ready("y")])
+    found = journal.files_in(FileState.REFUSED, FileState.READY)
+    expected = [(A.folder, "y"), (A.folder, "z"), (B.folder, "y"), (B.folder, "z")]
+    assert [(folder, row.path) for folder, row in found] == expected
+    assert [row.path for _, row in journal.files_in(FileState.REFUSED)] == ["z", "z"]
+    assert journal.files_in(FileState.PLACING) == []
+
+
+def test_counts(journal: Journal) -> None:
+    sessions, files = journal.counts()
+    assert set(sessions) == set(SessionState)
+    assert set(files) == set(FileState)
+    assert not any(sessions.values())
+    note(journal, A)
+    note(journal, B)
+    journal.write_files(row_of(journal).id, [ready("a"), ready("b")])
+    claim_and_release(journal, DONE)
+    sessions, files = journal.counts()
+    assert (sessions[WAITING], sessions[DONE], files[FileState.READY]) == (1, 1, 2)
+
+
+def test_one_bad_row_undoes_the_whole_write(journal: Journal) -> None:
+    note(journal)
+    id_ = row_of(journal).id
+    journal.write_files(id_, [ready("a")])
+    bad = FileRow("b", FileState.REFUSED, Signature(1, 1))  # without a reason
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.write_files(id_, [ready("c"), bad], gone=["a"])
+    assert set(journal.files(id_)) == {"a"}
+    journal.write_files(id_, [ready("d")])  # and the journal goes on working
+
+
+# --- what the schema itself refuses --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE session SET state = 'resting'",
+        "UPDATE session SET state = 'parked', reason = NULL",
+        "UPDATE session SET state = 'held', reason = NULL",
+        "UPDATE session SET flagged = 2",
+        "UPDATE session SET doubt = NULL",
+        "UPDATE session SET due_at = NULL",
+        "INSERT INTO session (folder, subject, date, number, due_at, changed_at)"
+        " VALUES ('a/2020-01-01/1', 'a', '2020-01-01', 1, 0, 0)",
+        "INSERT INTO session (folder, subject, date, number, due_at, changed_at)"
+        " VALUES ('a/2020-01-01/001', 'b', '2020-01-01', 1, 0, 0)",
+        "UPDATE file SET state = 'lost'",
+        "UPDATE file SET state = 'placing'",
+        "UPDATE file SET move_to = 'x'",
+        "UPDATE file SET state = 'refused', reason = NULL",
+        "UPDATE file SET session_id = 99",
+        "INSERT INTO request (kind, asked_at) VALUES ('dance', 0)",
+        "INSERT INTO request (kind, asked_at, state) VALUES ('scan', 0, 'lost')",
+    ],
+)
+def test_states_that_cannot_be(journal: Journal, statement: str) -> None:
+    note(journal)
+    journal.write_files(row_of(journal).id, [ready("a")])
+    with pytest.raises(sqlite3.IntegrityError):
+        journal._db.execute(statement)
+
+
+def test_releasing_as_parked_or_held_needs_a_reason(journal: Journal) -> None:
+    note(journal)
+    row = journal.claim()
+    assert row
+    for state in (PARKED, HELD):
+        with pytest.raises(sqlite3.IntegrityError):
+            journal.release(row.id, state)
+    assert row_of(journal).state is WORKING
+
+
+def test_every_state_of_the_model_is_one_of_the_schema(journal: Journal) -> None:
+    note(journal)
+    id_ = row_of(journal).id
+    for session_state in SessionState:
+        journal._db.execute("UPDATE session SET state = ?, reason = 'r'", (session_state,))
+    for file_state in FileState:
+        move_to = "x" if file_state is FileState.PLACING else None
+        row = FileRow("a", file_state, Signature(1, 1), reason="r", move_to=move_to)
+        journal.write_files(id_, [row])
+
+
+# --- strays, facts, requests ---------------------------------------------------------------------
+
+
+def test_strays_are_kept_until_a_later_whole_scan_misses_them(journal: Journal) -> None:
+    journal.write_strays(1, [("x", "why", "what"), ("y", "why", "what")])
+    journal.write_strays(2, [("y", "other", "what")])
+    assert set(journal.strays()) == {("x", "why", "what"), ("y", "other", "what")}
+    journal.drop_strays_before(2)
+    assert journal.strays() == [("y", "other", "what")]
+
+
+def test_facts(journal: Journal) -> None:
+    assert journal.fact("x") is None
+    for value in (1, "é", None, [1, {"a": 2.5}], False):
+        journal.set_fact("x", value)
+        assert journal.fact("x") == value
+
+
+def test_a_journal_belongs_to_one_data_root(journal: Journal) -> None:
+    journal.bind_root(Path("/data"))
+    journal.bind_root(Path("/data"))
+    with pytest.raises(InvalidInput, match="/data, not /other") as caught:
+        journal.bind_root(Path("/other"))
+    assert "state_dir" in caught.value.hint
+
+
+def test_scans_asked_for(journal: Journal, clock: Clock) -> None:
+    assert journal.take_scan() is None
+    first = journal.ask_scan(everything=False)
+    assert journal.scan_done(first) is False
+    assert journal.take_scan() is False
+    second = journal.ask_scan(everything=True)
+    assert second != first
+    # asked for again, as after a crash: what was taken and not finished is taken again
+    assert journal.take_scan() is True
+    third = journal.ask_scan(everything=False)
+    journal.finish_scans()
+    assert [journal.scan_done(n) for n in (first, second, third)] == [True, True, False]
+    assert journal.take_scan() is False
+    clock.now += 90000.0
+    journal.finish_scans()
+    assert journal.scan_done(first) is True  # forgotten by now, and done all the same
+    assert journal._db.execute("SELECT count(*) FROM request").fetchone() == (0,)
+
+
+# --- other processes -----------------------------------------------------------------------------
+
+
+def test_what_another_process_changes_is_seen(file: Path, journal: Journal, clock: Clock) -> None:
+    note(journal)
+    claim_and_release(journal, PARKED)
+    other = Journal(file, now=clock)
+    seen = journal.version()
+    assert journal.version() == seen
+    note(journal, B)  # one's own changes are no news
+    assert journal.version() == seen
+    for change in (lambda: other.retry(None), lambda: other.ask_scan(everything=True)):
+        assert change()
+        assert journal.version() != seen
+        seen = journal.version()
+    other.close()
+    assert row_of(journal).state is WAITING
+    assert journal.take_scan() is True
+
+
+def test_two_connections_never_claim_one_session(file: Path, clock: Clock) -> None:
+    with Journal(file, now=clock) as one, Journal(file, now=clock) as two:
+        for number in range(1, 41):
+            note(one, path_of(number))
+        claimed: list[str] = []
+
+        def work(journal: Journal) -> None:
+            while (row := journal.claim()) is not None:
+                claimed.append(row.folder)
+
+        threads = [threading.Thread(target=work, args=(j,)) for j in (one, one, two, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(claimed) == len(set(claimed)) == 40
+
+
+def test_a_reader_beside_a_writer(file: Path, journal: Journal, clock: Clock) -> None:
+    note(journal)
+    with Journal(file, now=clock, read_only=True) as reader:
+        assert row_of(reader).state is WAITING
+        assert journal.claim()
+        assert row_of(reader).state is WORKING
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.retry(None)
+        with journal._write() as db:
+            db.execute("UPDATE session SET attempt = 9")
+            assert row_of(reader).attempt == 0  # and it does not wait for the writer
+    assert row_of(journal).attempt == 9
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
+def test_opened_again_it_holds_what_was_written(file: Path, clock: Clock) -> None:
+    with Journal(file, now=clock) as journal:
+        note(journal, flagged=True)
+        before = row_of(journal)
+    with Journal(file, now=clock) as journal:
+        assert row_of(journal) == before
+
+
+@pytest.mark.parametrize("name", ["with space", "per%20cent", "que?ry", "ha#sh", "größe"])
+def test_any_name_of_a_folder(tmp_path: Path, clock: Clock, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with Journal(tmp_path / name / FILE_NAME, now=clock) as journal:
+        note(journal)
+    assert (tmp_path / name / FILE_NAME).exists()
+    with Journal(tmp_path / name / FILE_NAME, now=clock, read_only=True) as journal:
+        assert row_of(journal)
+
+
+def test_reading_needs_a_journal(file: Path, clock: Clock) -> None:
+    with pytest.raises(NeedsHuman, match="no journal") as caught:
+        Journal(file, now=clock, read_only=True)
+    assert "regd run" in caught.value.hint
+    assert not file.exists()
+
+
+def test_a_journal_of_another_version_is_refused(file: Path, clock: Clock) -> None:
+    with Journal(file, now=clock) as journal:
+        journal._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    before = file.read_bytes()
+    with pytest.raises(NeedsHuman, match=f"another version.*{SCHEMA_VERSION + 1}") as caught:
+        Journal(file, now=clock)
+    assert caught.value.hint
+    assert file.read_bytes() == before
+
+
+@pytest.mark.xfail(strict=True, reason="a reader does not look at the version")
+def test_a_journal_of_another_version_is_not_read_either(file: Path, clock: Clock) -> None:
+    with Journal(file, now=clock) as journal:
+        journal._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(NeedsHuman, match="another version"):
+        Journal(file, now=clock, read_only=True)
+
+
+@pytest.mark.parametrize("content", [b"not a database, but a text " * 50, bytes(range(256)) * 32])
+def test_a_file_that_is_no_journal_is_left_as_it_is(
+    file: Path, clock: Clock, content: bytes
+) -> None:
+    file.write_bytes(content)
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        Journal(file, now=clock)
+    assert file.read_bytes() == content
+
+
+def test_a_folder_that_is_none(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.sqlite").mkdir()
+    for path in ("missing/j.sqlite", "file/j.sqlite", "folder.sqlite"):
+        with pytest.raises(NeedsHuman, match="cannot be opened") as caught:
+            Journal(tmp_path / path, now=clock)
+        assert "state_dir" in caught.value.hint
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that any user can reach, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="regd-test-") as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
+        path.chmod(0o755)
+
+
+@pytest.fixture
+def nobody() -> Iterator[Any]:
+    """A way to be, for the rest of the test, somebody to whom mode bits apply."""
+    if os.geteuid() != 0:
+        yield lambda: None
+        return
+    yield lambda: os.seteuid(65534)
+    os.seteuid(0)
+
+
+def test_a_folder_that_may_not_be_written(public: Path, nobody: Any, clock: Clock) -> None:
+    public.chmod(0o555)
+    nobody()
+    with pytest.raises(NeedsHuman, match="cannot be opened"):
+        Journal(public / FILE_NAME, now=clock)
+
+
+@pytest.mark.xfail(strict=True, raises=sqlite3.OperationalError, reason="it opens, and fails later")
+def test_a_journal_that_may_not_be_written(public: Path, nobody: Any, clock: Clock) -> None:
+    Journal(public / FILE_NAME, now=clock).close()
+    (public / FILE_NAME).chmod(0o444)
+    public.chmod(0o555)
+    nobody()
+    with pytest.raises(NeedsHuman, match="cannot be opened"):
+        Journal(public / FILE_NAME, now=clock)
+
+
+@pytest.mark.xfail(strict=True, raises=sqlite3.OperationalError, reason="it opens, and fails later")
+def test_a_reader_who_may_not_write_beside_the_journal(
+    public: Path, nobody: Any, clock: Clock
+) -> None:
+    with Journal(public / FILE_NAME, now=clock) as journal:
+        note(journal)
+    (public / FILE_NAME).chmod(0o644)
+    nobody()
+    with Journal(public / FILE_NAME, now=clock, read_only=True) as reader:
+        assert row_of(reader)
+
+
+# --- crashes -------------------------------------------------------------------------------------
+
+WRITER = """
+    import sys, time
+    from pathlib import Path
+    from regd.journal import FileRow, Journal
+    from regd.model import FileState, Signature
+    from regd.paths import parse_session
+
+    journal = Journal(Path(sys.argv[1]), now=time.time)
+    number = 0
+    while True:
+        number += 1
+        session = parse_session((f"s{number}", "2020-01-01", "001"))
+        journal.note(session, due_at=0.0)
+        row = journal.claim()
+        rows = [FileRow(str(n), FileState.READY, Signature(n, n)) for n in range(20)]
+        journal.write_files(row.id, rows)
+        print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 7, 40])
+def test_a_kill_in_the_middle_of_writing_loses_nothing_that_was_committed(
+    file: Path, clock: Clock, after: int
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(file)], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout
+        told = 0
+        while told < after:
+            told = int(writer.stdout.readline())
+        writer.send_signal(signal.SIGKILL)
+        told = max([told, *map(int, writer.stdout.read().split())])
+    assert writer.returncode == -signal.SIGKILL
+    with Journal(file, now=clock) as journal:
+        assert journal._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        for number in range(1, told + 1):
+            known = journal.known(f"s{number}/2020-01-01/001")
+            assert known is not None
+            assert known[0].state is WORKING
+            assert len(known[1]) == 20
+        # one more may have got as far as any of its commits, but a write is whole or not at all
+        last = journal.known(f"s{told + 1}/2020-01-01/001")
+        assert last is None or len(last[1]) in (0, 20)
+        assert len(journal.sessions()) in (told, told + 1)
+        assert journal.recover() >= told
+
+
+def test_durable_waits_for_the_disk(
+    file: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, synced = os.fsync, []
+
+    def fsync(fd: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    note(journal)
+    assert synced == []
+    journal.durable()
+    assert synced == [f"{file.resolve()}-wal"]
+
+
+def test_durable_at_any_time(file: Path, journal: Journal, clock: Clock) -> None:
+    journal.durable()
+    note(journal)
+    journal._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    journal.durable()
+    with Journal(file, now=clock) as other:
+        other.durable()  # opened, and not written to
+    journal.durable()
+
+
+def test_a_full_disk_is_said_and_leaves_the_journal_whole(journal: Journal) -> None:
+    note(journal)
+    id_ = row_of(journal).id
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+    many = [ready(f"{n:0200}") for n in range(500)]
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        journal.write_files(id_, many)
+    assert journal.files(id_) == {}
+    journal._db.execute("PRAGMA max_page_count = 100000")
+    journal.write_files(id_, many)
+    assert len(journal.files(id_)) == 500
+
+
+def test_threads_share_a_journal(journal: Journal) -> None:
+    def work(number: int) -> None:
+        for turn in range(10):
+            note(journal, path_of(1, f"s{number}-{turn}"))
+            journal.counts()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(journal.sessions()) == 60
