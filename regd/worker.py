@@ -288,7 +288,7 @@ class Worker:
             self.journal.write_files(row.id, seen)
         hint = f"put a {self.settings.flag} into its folder, or create it on Alyx"
         if row.reason != NOT_ON_ALYX:
-            _log.warning("session.held", reason=NOT_ON_ALYX, hint=hint)
+            _log.info("session.held", reason=NOT_ON_ALYX, hint=hint)
         attempt = row.attempt + 1
         wait_s = backoff_s(attempt, self.settings.scan.every_s, _HELD_LONGEST_S, self.chance)
         return _Next(SessionState.HELD, self.now() + wait_s, attempt, NOT_ON_ALYX, hint)
