@@ -133,13 +133,10 @@ def _json_list(text: str) -> object:
         raise ValueError('must be a list, such as ["a", "b"]') from None
 
 
-def _as_versions(value: object) -> object:
-    if isinstance(value, str):
-        value = _json_list(value) if value.lstrip().startswith("[") else value.strip() or None
-    texts = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError('must be text, or a list of texts; write numbers in quotes, as "1.0"')
-    return value
+def _as_version(value: object) -> object:
+    if value is not None and not isinstance(value, str):
+        raise ValueError('must be text; write a number in quotes, as "1.0"')
+    return value.strip() or None if value else None
 
 
 def _lower(value: object) -> object:
@@ -267,7 +264,7 @@ class RegisterSettings(_Section):
         default=None,
         description="Alyx user named as the maker of the datasets; `alyx.username` when empty.",
     )
-    versions: Annotated[str | list[str] | None, BeforeValidator(_as_versions)] = Field(
+    versions: Annotated[str | None, BeforeValidator(_as_version)] = Field(
         default=None,
         description="Version of the software that made the files, written on each dataset.",
     )

@@ -491,7 +491,6 @@ class Worker:
         self, row: SessionRow, session: SessionPath, rows: Sequence[FileRow], *, checked: bool
     ) -> None:
         register = self.settings.register
-        versions = register.versions if isinstance(register.versions, str) else None
         options: dict[str, Any] = {
             "name": self.settings.repository,
             "exists": register.exists,
@@ -500,7 +499,7 @@ class Worker:
         }
         if created_by := register.created_by or self.client.alyx.user:
             options["created_by"] = created_by
-        items = [FileToPost(r.path, r.signature.size, r.md5, versions) for r in rows]
+        items = [FileToPost(r.path, r.signature.size, r.md5, register.versions) for r in rows]
         records = self.client.post_files(session, items, checked=checked, options=options)
         done = [
             replace(r, state=FileState.REGISTERED, dataset_id=str(records[r.path]["id"]))

@@ -169,7 +169,7 @@ def test_lists_from_text(monkeypatch, text, users):
 
 @pytest.mark.parametrize(
     ("text", "versions"),
-    [("1.2", "1.2"), ('["1", "2"]', ["1", "2"]), ("null", None), ("", None)],
+    [("1.2", "1.2"), (" 1.2 ", "1.2"), ("null", None), ("", None)],
 )
 def test_versions_from_text(monkeypatch, text, versions):
     monkeypatch.setenv("REGD_REGISTER__VERSIONS", text)
@@ -285,8 +285,8 @@ FILE_MISTAKES = {
     "quotes), not [1]; correct it, or remove it for the default, []",
     "register: {users: 1}": "line 1: register.users must be a list, not 1; correct it, or remove "
     "it for the default, []",
-    "register: {versions: 1.0}": "line 1: register.versions must be text, or a list of texts; "
-    'write numbers in quotes, as "1.0", not 1.0; correct it',
+    "register: {versions: 1.0}": "line 1: register.versions must be text; "
+    'write a number in quotes, as "1.0", not 1.0; correct it',
     "repository: 5": "line 1: repository must be text (put it in quotes), not 5; correct it",
     "data_root: [a]": "line 1: data_root must be a path, not ['a']; correct it",
     "log: {level: loud}": "line 1: log.level must be one of 'debug', 'info', 'warning' or 'error', "
