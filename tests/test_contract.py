@@ -13,7 +13,9 @@ from regd.sandbox.server import Server
 from tests.conftest import INITIAL
 
 SCENARIOS = sorted((INITIAL.parent / "scenarios").glob("*.json"))
-PASSWORDS = {user["username"]: user["password"] for user in json.loads(INITIAL.read_text())["users"]}
+PASSWORDS = {
+    user["username"]: user["password"] for user in json.loads(INITIAL.read_text())["users"]
+}
 ANY = {
     "datetime": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z?",
     "seconds": r"\d+",
@@ -87,7 +89,9 @@ class Exchanges:
         pattern, start = "", 0
         filled = self.fill(wanted)
         for found in PLACEHOLDER.finditer(filled):
-            pattern += re.escape(filled[start : found.start()]) + f"(?P<p{len(names)}>{ANY[found[1]]})"
+            pattern += (
+                re.escape(filled[start : found.start()]) + f"(?P<p{len(names)}>{ANY[found[1]]})"
+            )
             names.append(found[2] or "")
             start = found.end()
         found_all = re.fullmatch(pattern + re.escape(filled[start:]), str(got), re.DOTALL)

@@ -5,8 +5,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from regd.sandbox.register import TypeMatcher
 from regd.sandbox.server import PortInUseError, Server
 from regd.sandbox.store import LoadError
 from regd.sandbox.throttle import RateError, Throttle
@@ -358,7 +359,7 @@ class Broken:
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 503, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
@@ -432,3 +433,14 @@ def test_the_command_says_who_may_log_in_and_stops_when_told() -> None:
     assert "rig_user" in said
     assert "rig-password" in said
     assert "not a database to keep data in" in said
+
+
+def test_no_name_fits_two_types_of_the_built_in_lab() -> None:
+    with Server() as server:
+        types = server.store.find("datasettype")
+        matcher = TypeMatcher(server.store)
+        for row in types:
+            pattern = row["filename_pattern"] or f"{row['name']}.npy"
+            for filling in ("", "x"):
+                name = pattern.replace("?", "x").removesuffix("*").replace("*", filling)
+                assert [one["name"] for one in matcher.match(name)] == [row["name"]], name

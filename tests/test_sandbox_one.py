@@ -3,12 +3,12 @@
 import hashlib
 from pathlib import Path
 
+import one.params
 import pytest
 import requests
-
-import one.params
 from one.api import ONE
 from one.registration import RegistrationClient
+
 from regd.sandbox.server import Server
 
 # ONE's `requests` leaves its connections for the garbage collector to close

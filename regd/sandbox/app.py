@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from regd import __version__
-from regd.sandbox.fields import CALLER, Item, Refused, clean
+from regd.sandbox.fields import Item, Refused, clean
 from regd.sandbox.filters import narrow
 from regd.sandbox.query import Query, QueryError
 from regd.sandbox.register import Answered, check_protected, register
@@ -176,7 +177,7 @@ def _page(context: Context, limit: int, offset: int | None) -> str | None:
 
 
 def _row(resource: Resource, context: Context) -> Row:
-    row = context.store.first(resource.model, **{resource.by: context.parts[1]})
+    row = context.store.only(resource.model, **{resource.by: context.parts[1]})
     if row is None:
         raise ApiError(404, f"No {resource.title} matches the given query.")
     return row
@@ -218,9 +219,7 @@ _ROW_CALLS = {"GET": _read, "PUT": _update, "PATCH": _update, "DELETE": _delete}
 
 
 def _bound(resource: Resource, calls: Mapping[str, Any], methods: tuple[str, ...]) -> Endpoint:
-    return Endpoint(
-        {m: lambda context, call=calls[m]: call(resource, context) for m in methods}
-    )
+    return Endpoint({method: partial(calls[method], resource) for method in methods})
 
 
 _LISTS = {path: _bound(one, _LIST_CALLS, one.list_methods) for path, one in RESOURCES.items()}
@@ -235,7 +234,9 @@ def _token(context: Context) -> Answer:
     asked = context.flat_data()
     if not isinstance(asked, Mapping):
         clean(context, (), asked, None, partial=False)
-    errors = {name: reason for name in ("username", "password") if (reason := _missing(asked, name))}
+    errors = {
+        name: reason for name in ("username", "password") if (reason := _missing(asked, name))
+    }
     if errors:
         raise Refused(errors)
     user = context.store.first("labmember", username=str(asked["username"]).strip())
@@ -377,12 +378,12 @@ def _answer(context: Context, endpoint: Endpoint, throttle: Throttle, client: st
         return Answer(400, {**refused.errors, "status_code": 400})
     except Answered as answered:
         return Answer(answered.status, answered.body)
-    except Exception as error:  # noqa: BLE001  Alyx answers its own mistakes so, too
+    except Exception as error:
         return Answer(500, {"status_code": 500, "detail": str(error)})
 
 
 _NOT_FOUND = Response(
-    "<!doctype html>\n<html lang=\"en\"><head><title>Not Found</title></head>"
+    '<!doctype html>\n<html lang="en"><head><title>Not Found</title></head>'
     "<body><h1>Not Found</h1></body></html>\n",
     404,
     media_type="text/html",
@@ -411,9 +412,7 @@ def make_app(
         return response
 
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
-    return Starlette(
-        routes=[Route("/{path:path}", handle, methods=methods)], middleware=middleware
-    )
+    return Starlette(routes=[Route("/{path:path}", handle, methods=methods)], middleware=middleware)
 
 
 async def _respond(store: Store, throttle: Throttle, request: Request) -> Response:

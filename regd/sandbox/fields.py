@@ -91,7 +91,7 @@ def refuse_null(value: Any, null: bool) -> None:
 
 
 def plain(model_name: str, name: str, *, limits: bool = True, **override: Any) -> Item:
-    """A column as it is, with the checks its declaration implies; its kind's alone if not `limits`."""
+    """A column with the checks its declaration implies; without `limits`, only its kind's."""
     model = MODELS[model_name]
     column = model.fields[name]
     if not limits:
@@ -101,8 +101,11 @@ def plain(model_name: str, name: str, *, limits: bool = True, **override: Any) -
         "required": required and column.kind not in ("bool",),
         "null": column.null,
         "blank": column.blank and column.kind in _TEXTS,
-        "checkbox": column.kind == "bool", "json": column.kind == "json",
-        "check": (lambda c, v, row: _check(c, model, name, v, row)) if _has_checks(column) else None,
+        "checkbox": column.kind == "bool",
+        "json": column.kind == "json",
+        "check": (lambda c, v, row: _check(c, model, name, v, row))
+        if _has_checks(column)
+        else None,
     }
     options.update(override)
     parse = _PARSERS[column.kind]
@@ -118,8 +121,11 @@ _TEXTS = ("char", "text", "email", "url")
 
 
 def _has_checks(column: Field) -> bool:
-    return column.unique or column.kind in ("email", "url") or column.pattern is not None or (
-        column.minimum is not None
+    return (
+        column.unique
+        or column.kind in ("email", "url")
+        or column.pattern is not None
+        or (column.minimum is not None)
     )
 
 
@@ -132,7 +138,8 @@ def _check(context: Context, model: Model, name: str, value: Any, row: Row | Non
         held = context.store.first(model.name, **{name: value})
         if held and (row is None or held["id"] != row["id"]):
             label = name.replace("_", " ")
-            found.append(f"{model.verbose} with this {label} already exists.")
+            usual = f"{model.verbose} with this {label} already exists."
+            found.append(column.taken or usual)
     if value == "":
         return found
     pattern, message = _FORMATS.get(column.kind, (column.pattern, column.message))
@@ -281,7 +288,7 @@ def _find(context: Context, table: str, slug: str, value: Any) -> str:
             raise Invalid(str(error).removeprefix("['").removesuffix("']")) from None
     else:
         wanted = str(value)
-    found = context.store.first(table, **{slug: wanted})
+    found = context.store.only(table, **{slug: wanted})
     if found is None:
         raise Invalid(f"Object with {slug}={value} does not exist.")
     return str(found["id"])

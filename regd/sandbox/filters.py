@@ -1,8 +1,9 @@
 """The query parameters of the lists: what each may hold, and which rows it keeps."""
 
+# ruff: noqa: S608 - table and column names come from the schema; values are always bound
+
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from one.alf.spec import QC
 
 from regd.sandbox.fields import Invalid, Refused
 from regd.sandbox.query import Query, QueryError, parse_pairs, qc_value
-from regd.sandbox.times import parse_day, parse_moment
 from regd.sandbox.schema import MODELS, Field
 from regd.sandbox.store import Store
+from regd.sandbox.times import parse_day, parse_moment
 
 Params = Mapping[str, str]
 Apply = Callable[[Query, Any, Params], None]
@@ -95,7 +96,7 @@ def flag(lookup: str) -> Filter:
     return by(lookup, _boolean)
 
 
-def tested(apply: Callable[[Query, Any], None], parse: Parse = _text) -> Filter:
+def ruled(apply: Callable[[Query, Any], None], parse: Parse = _text) -> Filter:
     """A filter with a rule of its own."""
     return Filter(parse, lambda query, value, _: apply(query, value))
 
@@ -109,10 +110,17 @@ def _choice(column: Field) -> Parse:
         except ValueError:
             raise Invalid(f"“{value}” is not a valid UUID.") from None
         if store.first(column.to, id=wanted) is None:
-            raise Invalid(
-                "Select a valid choice. That choice is not one of the available choices."
-            )
+            raise Invalid("Select a valid choice. That choice is not one of the available choices.")
         return wanted
+
+    return parse
+
+
+def _one_of(choices: tuple[str, ...]) -> Parse:
+    def parse(_: Store, value: str) -> str | None:
+        if value and value not in choices:
+            raise Invalid(f"Select a valid choice. {value} is not one of the available choices.")
+        return value or None
 
     return parse
 
@@ -125,6 +133,8 @@ def columns(model_name: str, *leave_out: str) -> dict[str, Filter]:
             continue
         if column.kind in ("link", "links"):
             found[name] = by(name, _choice(column))
+        elif column.choices:
+            found[name] = by(name, _one_of(column.choices))
         else:
             found[name] = by(name, _PARSERS[column.kind])
     return found
@@ -147,7 +157,7 @@ def _json(column: str) -> Filter:
         for lookup, value in parse_pairs(text, f"{column}__").items():
             query.filter(lookup, value)
 
-    return tested(apply)
+    return ruled(apply)
 
 
 def _users(query: Query, text: str) -> None:
@@ -206,7 +216,7 @@ def _performance(sign: str) -> Filter:
             f"t.n_trials IS NOT NULL AND 100 * t.n_correct_trials / t.n_trials {sign} ?", percent
         )
 
-    return tested(apply, _decimal)
+    return ruled(apply, _decimal)
 
 
 def _tag(query: Query, text: str) -> None:
@@ -241,14 +251,14 @@ def _tagged(column: str) -> Filter:
         (query.filter if wanted else query.exclude)(f"tags__{column}", True)
         query.distinct = query.distinct or wanted
 
-    return tested(apply, _boolean)
+    return ruled(apply, _boolean)
 
 
 def _created(sign: str) -> Filter:
     def apply(query: Query, moment: str) -> None:
         query.filter(f"created_datetime__date__{sign}", moment[:10])
 
-    return tested(apply, _moment)
+    return ruled(apply, _moment)
 
 
 def _unknown_choice(_: Store, value: str) -> None:
@@ -256,12 +266,12 @@ def _unknown_choice(_: Store, value: str) -> None:
         raise Invalid("Select a valid choice. That choice is not one of the available choices.")
 
 
-def _probe(query: Query, _: str) -> None:
+def _probe(_: Query, __: str) -> None:
     raise QueryError("ProbeInsertion matching query does not exist.")
 
 
 def _alive(query: Query, wanted: bool) -> None:
-    today = date.today().isoformat()  # noqa: DTZ011
+    today = date.today().isoformat()
     (query.filter if not wanted else query.exclude)("death_date__lte", today)
 
 
@@ -271,31 +281,32 @@ def _stock(query: Query, wanted: bool) -> None:
 
 def _restricted(query: Query, wanted: bool) -> None:
     """Water restriction is nothing the sandbox holds: no subject is under it."""
+    query.exclude("death_date__lte", date.today().isoformat())
     if wanted:
         query.add("0")
 
 
-DJANGO = {"django": tested(_django)}
+DJANGO = {"django": ruled(_django)}
 
 _ACTION = {
     **DJANGO,
     "subject": by("subject__nickname__iexact"), "nickname": by("subject__nickname__iexact"),
-    "users": tested(_users), "date_range": tested(_date_range), "lab": by("lab__name__iexact"),
+    "users": ruled(_users), "date_range": ruled(_date_range), "lab": by("lab__name__iexact"),
     "location": by("location__name__icontains"), "json": _json("json"),
 }  # fmt: skip
 
 SESSIONS = {
     **columns("session"), **_ACTION,
-    "dataset_types": tested(_dataset_types), "datasets": Filter(_text, _datasets),
+    "dataset_types": ruled(_dataset_types), "datasets": Filter(_text, _datasets),
     "dataset_qc_lte": Filter(_text, _dataset_qc),
     "performance_gte": _performance(">="), "performance_lte": _performance("<="),
     "type": by("type__iexact"), "task_protocol": by("task_protocol__icontains"),
-    "qc": tested(_qc), "extended_qc": _json("extended_qc"),
+    "qc": ruled(_qc), "extended_qc": _json("extended_qc"),
     "procedures": by("procedures__name__icontains"),
     "projects": by("projects__name__icontains"), "project": by("projects__name__icontains"),
-    "atlas_name": tested(_nothing), "atlas_acronym": tested(_nothing),
-    "atlas_id": tested(_nothing, _decimal), "histology": tested(_histology, _boolean),
-    "tag": tested(_tag),
+    "atlas_name": ruled(_nothing), "atlas_acronym": ruled(_nothing),
+    "atlas_id": ruled(_nothing, _decimal), "histology": ruled(_histology, _boolean),
+    "tag": ruled(_tag),
 }  # fmt: skip
 
 DATASETS = {
@@ -305,10 +316,10 @@ DATASETS = {
     "created_by": by("created_by__username"), "dataset_type": by("dataset_type__name"),
     "experiment_number": by("session__number"),
     "created_date_gte": _created("gte"), "created_date_lte": _created("lte"),
-    "content_type": tested(_nothing, _unknown_choice),
-    "exists": tested(_exists, _boolean), "probe_insertion": tested(_probe, _uuid),
+    "content_type": ruled(_nothing, _unknown_choice),
+    "exists": ruled(_exists, _boolean), "probe_insertion": ruled(_probe, _uuid),
     "public": _tagged("public"), "protected": _tagged("protected"), "tag": by("tags__name"),
-    "revision": by("revision__name"), "qc": tested(_qc),
+    "revision": by("revision__name"), "qc": ruled(_qc),
 }  # fmt: skip
 
 FILES = {
@@ -319,8 +330,8 @@ FILES = {
 
 SUBJECTS = {
     **columns("subject"), **DJANGO,
-    "alive": tested(_alive, _boolean), "responsible_user": by("responsible_user__username"),
-    "stock": tested(_stock, _boolean), "water_restricted": tested(_restricted, _boolean),
+    "alive": ruled(_alive, _boolean), "responsible_user": by("responsible_user__username"),
+    "stock": ruled(_stock, _boolean), "water_restricted": ruled(_restricted, _boolean),
     "lab": by("lab__name"), "project": by("projects__name"),
 }  # fmt: skip
 

@@ -28,8 +28,8 @@ COMPARE = {
     "regex": "matches({c}, ?)", "iregex": "matches({c}, '(?i)' || ?)",
     "in": "", "isnull": "", "range": "",
 }  # fmt: skip
-_TEXTUAL = {"iexact", "contains", "icontains", "startswith", "istartswith", "endswith", "iendswith", "regex",
-            "iregex"}  # fmt: skip
+_TEXTUAL = {"iexact", "contains", "icontains", "startswith", "istartswith", "endswith",
+            "iendswith", "regex", "iregex"}  # fmt: skip
 _LIKE = {"iexact", "icontains", "istartswith", "iendswith"}
 _DATE_PARTS = {
     "date": "substr({c}, 1, 10)", "year": "CAST(substr({c}, 1, 4) AS INTEGER)",
@@ -105,7 +105,7 @@ class Query:
             name = parts.pop(0)
             if name in model.links_back:
                 source, column = model.links_back[name]
-                model, alias = self._back(model, alias, source, column)
+                model, alias = self._back(alias, source, column)
                 parts = parts if parts and parts[0] not in COMPARE else ["id", *parts]
                 continue
             name, column_field = _resolve(model, name)
@@ -126,7 +126,7 @@ class Query:
                 continue
             return _compare(f'{alias}."{name}"', column_field, parts, value)
 
-    def _back(self, model: Model, alias: str, source: str, column: str) -> tuple[Model, str]:
+    def _back(self, alias: str, source: str, column: str) -> tuple[Model, str]:
         owner = MODELS[source]
         if owner.fields[column].kind == "links":
             link = self._join(through(owner, column), f"{{a}}.target = {alias}.id")
@@ -176,8 +176,9 @@ def _compare(column: str, kind: Field, parts: Sequence[str], value: Any) -> tupl
 
 
 _DJANGO_NAMES = {
-    "int": "IntegerField", "qc": "IntegerField", "bigint": "BigIntegerField", "bool": "BooleanField",
-    "datetime": "DateTimeField", "url": "URLField", "json": "JSONField", "uuid": "UUIDField",
+    "int": "IntegerField", "qc": "IntegerField", "bigint": "BigIntegerField",
+    "bool": "BooleanField", "datetime": "DateTimeField", "url": "URLField",
+    "json": "JSONField", "uuid": "UUIDField",
     "link": "ForeignKey", "links": "ForeignKey",
 }  # fmt: skip
 

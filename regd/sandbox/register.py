@@ -1,5 +1,7 @@
 """`/register-file` and `/check-protected`: which session, dataset and file records a path names."""
 
+# ruff: noqa: S608 - table and column names come from the schema; values are always bound
+
 from __future__ import annotations
 
 import re
@@ -168,7 +170,7 @@ def _flag(asked: Mapping[str, Any], name: str, default: bool) -> Any:
 def _repository(store: Store, asked: Mapping[str, Any]) -> str | None:
     for key in ("name", "hostname"):
         if asked.get(key):
-            found = store.first("datarepository", **{key: str(asked[key])})
+            found = store.only("datarepository", **{key: str(asked[key])})
             if found is None:
                 raise Answered(400, detail="The specified repository does not exist.")
             return str(found["id"])
@@ -197,9 +199,7 @@ class _Columns:
         )
 
     def rows(self, places: Sequence[Place]) -> list[tuple[Any, ...]]:
-        return list(
-            zip(places, self.hashes, self.sizes, self.versions, self.levels, strict=False)
-        )
+        return list(zip(places, self.hashes, self.sizes, self.versions, self.levels, strict=False))
 
 
 def _split(value: Any, count: int, repeat: bool) -> Any:
@@ -233,17 +233,13 @@ def _other_object(
     return Target(None, name, str(object_id), places)
 
 
-def _session_target(
-    store: Store, path: str, files: Sequence[str], user: Row
-) -> tuple[Target, Row]:
+def _session_target(store: Store, path: str, files: Sequence[str], user: Row) -> tuple[Target, Row]:
     try:
         subject, day, number = _parse_path(store, path)
         session = _session(store, subject, day, number, user)
     except _NoSubject:
         nickname = path.split("/")[0]
-        raise Answered(
-            400, error=f'A subject with nickname "{nickname}" does not exist.'
-        ) from None
+        raise Answered(400, error=f'A subject with nickname "{nickname}" does not exist.') from None
     except _NotThere as missing:
         raise Answered(400, error=str(missing)) from None
     return Target(session, places=[_place(path, file) for file in files]), subject
@@ -261,7 +257,7 @@ def _parse_path(store: Store, path: str) -> tuple[Row, str, int]:
     found = _SESSION_PATH.match(path)
     if not found:
         raise _NotThere(f"The path {path} should be `nickname/YYYY-MM-DD/n/...")
-    subject = store.first("subject", nickname=found["subject"])
+    subject = store.only("subject", nickname=found["subject"])
     if subject is None:
         raise _NoSubject("Subject matching query does not exist.")
     return subject, found["date"], int(found["number"])
@@ -335,12 +331,10 @@ def _loose_place(path: str, file: str) -> Place:
 def _lab_repositories(
     store: Store, asked: Mapping[str, Any], subject: Row, server_only: Any
 ) -> list[str]:
-    names = []
-    for key in ("labs", "projects"):
-        value = asked.get(key, [])
-        names += value.split(",") if isinstance(value, str) else value
+    given = (asked.get(key, []) for key in ("labs", "projects"))
+    named, more = (value.split(",") if isinstance(value, str) else value for value in given)
     labs = []
-    for name in filter(None, names):
+    for name in filter(None, named + more):
         lab = store.first("lab", name=str(name))
         if lab is None:
             raise Answered(400, detail="One or more of the specified labs do not exist.")
@@ -552,12 +546,10 @@ def _beyond_limits(values: Mapping[str, Any]) -> dict[str, list[str]]:
 def _data_format(store: Store, name: str) -> str:
     stem, dot, extension = name.rpartition(".")
     suffix = dot + extension if stem.strip(".") else ""
-    found = store.find("dataformat", "file_extension = ?", (suffix,))
-    if not found:
+    found = store.only("dataformat", file_extension=suffix)
+    if found is None:
         raise QueryError("DataFormat matching query does not exist.")
-    if len(found) > 1:
-        raise QueryError(f"get() returned more than one DataFormat -- it returned {len(found)}!")
-    return str(found[0]["id"])
+    return str(found["id"])
 
 
 class TypeMatcher:

@@ -1,4 +1,6 @@
-"""Alyx's endpoints as a table: for each, its fields, filters, methods and what happens on a write."""
+"""Alyx's endpoints as a table: each one's fields, filters, methods, and what a write does."""
+
+# ruff: noqa: S608 - table and column names come from the schema; values are always bound
 
 from __future__ import annotations
 
@@ -29,6 +31,7 @@ from regd.sandbox.query import QueryError
 from regd.sandbox.register import Answered, drop_default, is_protected
 from regd.sandbox.schema import MODELS
 from regd.sandbox.store import Row
+from regd.sandbox.times import utc_now
 
 if TYPE_CHECKING:
     from regd.sandbox.app import Context
@@ -77,8 +80,8 @@ class Resource:
         return self.listed or self.items
 
 
-def _id(name: str = "id") -> Item:
-    return read_only(name, lambda _, row: row["id"])
+def _id() -> Item:
+    return _column("id")
 
 
 def _columns(model: str, *names: str) -> Items:
@@ -86,7 +89,11 @@ def _columns(model: str, *names: str) -> Items:
 
 
 def _shown(*names: str) -> Items:
-    return tuple(read_only(name, lambda _, row, name=name: row[name]) for name in names)
+    return tuple(_column(name) for name in names)
+
+
+def _column(name: str) -> Item:
+    return read_only(name, lambda _, row: row[name])
 
 
 def _constant(name: str, value: Any) -> Item:
@@ -311,7 +318,7 @@ _FILE: Items = (
 
 
 def _today() -> date:
-    return date.today()  # noqa: DTZ011
+    return date.today()
 
 
 def _alive(_: Context, row: Row) -> bool:
@@ -404,6 +411,19 @@ def _before_subject(context: Context, values: Values, row: Row | None) -> None:
             clashes.append(f"The fields {', '.join(names)} must make a unique set.")
     if clashes:
         raise Refused({"non_field_errors": clashes})
+    if row is not None:
+        _keep_history(values, row)
+
+
+def _keep_history(values: Values, row: Row) -> None:
+    """Note a former nickname or responsible user in the subject's JSON."""
+    for name in ("nickname", "responsible_user"):
+        if name in values and values[name] != row[name]:
+            about = dict(values.get("json", row["json"]) or {})
+            history = dict(about.get("history", {}))
+            former = {"date_time": utc_now(), "value": str(row[name])}
+            history[name] = [*history.get(name, []), former]
+            values["json"] = {**about, "history": history}
 
 
 def _default_water(context: Context, values: Values, row: Row | None) -> None:
@@ -447,9 +467,20 @@ def _lower_pattern(_: Context, values: Values, __: Row | None) -> None:
         values["filename_pattern"] = (values["filename_pattern"] or "").lower() or None
 
 
-def _users_given(_: Context, values: Values, __: Row | None) -> None:
-    """Alyx's default for a project's users is one user, not a list of one."""
-    if values.get("users") is not None and isinstance(values["users"], str):
+def _pattern(context: Context, row: Row) -> str | None:
+    """Alyx shows a missing pattern as empty, but as null in the answer that created it."""
+    return row["filename_pattern"] or (None if context.method == "POST" else "")
+
+
+def _one_user(_: Context, values: Values, __: Row | None) -> None:
+    """Alyx's default for a project's users is one user where it needs a list."""
+    if isinstance(values.get("users"), str):
+        values["one_user"] = values.pop("users")
+
+
+def _refuse_one_user(_: Context, __: str, values: Values) -> None:
+    """Alyx fails over it only when the project is stored."""
+    if "one_user" in values:
         raise QueryError("'LabMember' object is not iterable")
 
 
@@ -461,7 +492,8 @@ _ALL = (
     ),
     Resource(
         "datasets", "dataset", _DATASET, listed=_DATASET_LISTED, list_reads_only=True,
-        filters=filters.DATASETS, before=_before_dataset, after=_after_dataset, before_delete=_keep_protected,
+        filters=filters.DATASETS, before=_before_dataset, after=_after_dataset,
+        before_delete=_keep_protected,
     ),
     Resource("files", "filerecord", _FILE, filters=filters.FILES, after=_after_file),
     Resource(
@@ -479,7 +511,7 @@ _ALL = (
         (*_columns("datasettype", "id", "name"),
          slug("datasettype", "created_by", "username", null=True, default=CALLER),
          plain("datasettype", "description"),
-         Item("filename_pattern", lambda _, row: row["filename_pattern"] or "",
+         Item("filename_pattern", _pattern,
               plain("datasettype", "filename_pattern").parse, null=True, blank=True,
               check=plain("datasettype", "filename_pattern").check)),
         by="name", before=_lower_pattern,
@@ -519,7 +551,7 @@ _ALL = (
         "projects", "project",
         (*_columns("project", "name", "description"),
          slugs("project", "users", "username", default=CALLER)),
-        by="name", before=_users_given,
+        by="name", before=_one_user, after=_refuse_one_user,
     ),
     Resource(
         "procedures", "proceduretype",

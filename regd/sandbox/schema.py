@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from one.alf.spec import QC
 from one.alf.spec import _DEFAULT as _ALF_PARTS
+from one.alf.spec import QC
 
 ALF: Final[Mapping[str, str]] = dict(_ALF_PARTS)
 
@@ -37,6 +37,8 @@ class Field:
     default: Any = None
     max_length: int | None = None
     unique: bool = False
+    taken: str = ""
+    """What is said of a value that must be unique and is not; empty: the usual words."""
     pattern: str | None = None
     message: str | None = None
     minimum: float | None = None
@@ -109,7 +111,11 @@ _ALL = (
         username=_char(
             150, unique=True, pattern=r"^[\w.@+-]+\Z",
             message="Enter a valid username. This value may contain only letters, numbers, "
-            "and @/./+/-/_ characters."),
+            "and @/./+/-/_ characters.",
+            taken="A user with that username already exists."),
+        first_name=_char(150, blank=True, default=""), last_name=_char(150, blank=True, default=""),
+        last_login=Field("datetime", null=True, blank=True),
+        date_joined=Field("datetime", default=NOW),
         email=Field("email", max_length=254, blank=True, default=""),
         password=_char(default=""), token=_char(40, null=True, default=None),
         is_superuser=FLAG, is_staff=FLAG, is_active=Field("bool", default=True),
@@ -165,7 +171,11 @@ _ALL = (
         source=_link("source", null=True, blank=True, on_delete="SET NULL"),
         line=_link("line", null=True, blank=True, on_delete="SET NULL"),
         lab=_link("lab"), projects=Field("links", to="project", blank=True, reverse="subject"),
-        description=TEXT,
+        description=TEXT, adverse_effects=TEXT, actual_severity=COUNT,
+        cage=_char(64, null=True, blank=True), ear_mark=_char(32, blank=True, default=""),
+        protocol_number=_char(1, default="1", choices=("1", "2", "3", "4")),
+        to_be_genotyped=FLAG, to_be_culled=FLAG, wean_date=DAY, genotype_date=DAY,
+        reduced_date=DAY,
     ),
     _model("proceduretype", "ProcedureType", label="procedure type",
            name=_char(), json=JSON, description=TEXT),
@@ -195,8 +205,9 @@ _ALL = (
                              message="Invalid file extension, should start with a dot"),
         matlab_loader_function=BLANK, python_loader_function=BLANK,
     ),
-    _named(
+    _model(
         "datasettype", "DatasetType", label="dataset type", ordering=("name",),
+        name=_char(unique=True, blank=True, default=""), json=JSON,
         created_by=_link("labmember", null=True, blank=True), description=NOTE,
         filename_pattern=_char(unique=True, null=True, blank=True),
     ),

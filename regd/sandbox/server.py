@@ -77,7 +77,7 @@ class _Prompt(uvicorn.Server):
             server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        while self.server_state.connections:
+        while self.server_state.connections:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0)  # a closed connection is gone by the loop's next turn
 
 

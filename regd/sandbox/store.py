@@ -1,5 +1,7 @@
 """The sandbox's SQLite database: rows as dicts of Python values, and the lab loaded at first."""
 
+# ruff: noqa: S608 - table and column names come from the schema; values are always bound
+
 from __future__ import annotations
 
 import hashlib
@@ -14,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from regd.sandbox.times import utc_now
 from regd.sandbox.schema import MODELS, NOW, ON_SAVE, Field, Model, create_sql, through
+from regd.sandbox.times import utc_now
 
 Row = dict[str, Any]
 
@@ -134,6 +136,17 @@ class Store:
         found = self.find(name, where, equal.values())
         return found[0] if found else None
 
+    def only(self, name: str, /, **equal: Any) -> Row | None:
+        """The one row, as `first`. Raises DatabaseRefusedError if there are more."""
+        where = " AND ".join(f'"{column}" IS ?' for column in equal)
+        found = self.find(name, where, equal.values())
+        if len(found) > 1:
+            title = MODELS[name].title
+            raise DatabaseRefusedError(
+                f"get() returned more than one {title} -- it returned {len(found)}!"
+            )
+        return found[0] if found else None
+
     def get(self, name: str, row_id: str) -> Row:
         """The row with this id; it must exist."""
         return self.find(name, "id = ?", (row_id,))[0]
@@ -203,13 +216,16 @@ class Store:
     def link(self, name: str, field: str, row_id: str, targets: Sequence[str]) -> None:
         """Make a many-to-many field point to `targets` and nothing else."""
         table = through(MODELS[name], field)
-        held = {r[0] for r in self.db.execute(f"SELECT target FROM {table} WHERE source=?", (row_id,))}
+        held = {
+            r[0] for r in self.db.execute(f"SELECT target FROM {table} WHERE source=?", (row_id,))
+        }
         for target in held.difference(targets):
             self.db.execute(f"DELETE FROM {table} WHERE source=? AND target=?", (row_id, target))
         for target in targets:
             if target not in held:
                 self.db.execute(
-                    f"INSERT OR IGNORE INTO {table} (source, target) VALUES (?, ?)", (row_id, target)
+                    f"INSERT OR IGNORE INTO {table} (source, target) VALUES (?, ?)",
+                    (row_id, target),
                 )
 
     def delete(self, name: str, row_id: str) -> None:
@@ -241,7 +257,9 @@ class Store:
 
     def _unknown(self, name: str) -> str:
         known = self.first(name, name="unknown")
-        return known["id"] if known else self.insert(name, {"name": "unknown", "file_extension": ""})
+        return (
+            known["id"] if known else self.insert(name, {"name": "unknown", "file_extension": ""})
+        )
 
     # -- the lab
 
@@ -355,7 +373,9 @@ def _read_lab(lab: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any]:
     if isinstance(lab, Mapping):
         return lab
     try:
-        content = json.loads(data_file("default_lab.json") if lab is None else Path(lab).read_bytes())
+        content = json.loads(
+            data_file("default_lab.json") if lab is None else Path(lab).read_bytes()
+        )
     except OSError as error:
         raise LoadError(f"cannot read the lab file {lab}: {error.strerror}") from None
     except ValueError as error:

@@ -21,8 +21,9 @@ def parse_day(text: str) -> str:
 def parse_moment(text: str) -> str:
     """A time as the database holds it: in UTC, with no zone. Raises ValueError or TypeError."""
     if found := _MOMENT.match(text):
-        *parts, fraction = found.groups(default="0")
-        moment = datetime(*(int(part) for part in parts), int(fraction.ljust(6, "0")))  # type: ignore[arg-type, misc]  # noqa: DTZ001
+        year, month, day, hour, minute, second, fraction = found.groups(default="0")
+        moment = datetime(int(year), int(month), int(day), int(hour), int(minute), int(second))
+        moment = moment.replace(microsecond=int(fraction.ljust(6, "0")))
     else:
         moment = datetime.fromisoformat(text)
     if moment.tzinfo is not None:
