@@ -12,6 +12,7 @@ import secrets
 import sqlite3
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class Store:
 
     def rows(self, model: Model, sql: str, values: Iterable[Any] = ()) -> list[Row]:
         """The rows of `model` that a SELECT of its columns (all, in order) gives."""
-        columns = [(n, f) for n, f in model.fields.items() if f.kind != "links"]
+        columns = _stored(model.name)
         return [
             {n: _decode(f, value) for (n, f), value in zip(columns, row, strict=True)}
             for row in self.db.execute(sql, tuple(values))
@@ -346,7 +347,17 @@ def _is_links(model: Model, column: str) -> bool:
 
 def columns_sql(model: Model) -> str:
     """All columns of `model`, table alias `t`, in the order that `Store.rows` expects."""
-    return ", ".join(f't."{name}"' for name, f in model.fields.items() if f.kind != "links")
+    return _columns_sql(model.name)
+
+
+@cache
+def _stored(name: str) -> tuple[tuple[str, Field], ...]:
+    return tuple((n, f) for n, f in MODELS[name].fields.items() if f.kind != "links")
+
+
+@cache
+def _columns_sql(name: str) -> str:
+    return ", ".join(f't."{column}"' for column, _ in _stored(name))
 
 
 def order_sql(model: Model) -> str:
