@@ -826,7 +826,7 @@ def test_a_reader_who_may_not_write_beside_the_journal(
 ) -> None:
     with Journal(public / FILE_NAME, now=clock) as journal:
         note(journal)
-    (public / FILE_NAME).chmod(0o644)
+    public.chmod(0o555)
     nobody()
     with Journal(public / FILE_NAME, now=clock, read_only=True) as reader:
         assert row_of(reader)
