@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import random
 import re
@@ -177,6 +178,11 @@ class AlyxClient:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    @property
+    def has_credentials(self) -> bool:
+        """Whether there is a token, or a user name and password to get one with."""
+        return self._token is not None or (bool(self.user) and self._password is not None)
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -197,6 +203,15 @@ class AlyxClient:
             data: Sent as JSON in the body, which Alyx reads where a query would be too long.
         """
         return self._request("GET", path, params=params, json=data)
+
+    def ping(self) -> None:
+        """Return if Alyx answers, whether or not it knows who asks.
+
+        Raises:
+            AlyxAway: It does not.
+        """
+        with contextlib.suppress(Unauthorized):
+            _read(self._send("GET", "/data-formats", params={"limit": 1}))
 
     def post(self, path: str, data: Mapping[str, Any]) -> Any:
         """Return what `POST path` answers; it is sent once, unless it surely never arrived.

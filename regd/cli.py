@@ -20,7 +20,7 @@ from rich.table import Table
 from regd import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from regd.journal import Journal
     from regd.service import Progress
@@ -118,11 +118,14 @@ def run(config: Config = None) -> None:
     from regd.service import Service, lock
 
     settings = _daemon_settings(config)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with lock(settings.state_dir), Service(settings, stop) as service:
+    with lock(settings.state_dir), Service(settings, threading.Event()) as service:
+        _on_signal(service.end)
         service.run()
+
+
+def _on_signal(end: Callable[[], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: end())
 
 
 @app.command()
@@ -151,8 +154,7 @@ def scan(
     if out.is_terminal:
         configure("error", settings.log.format)  # the bar says the rest
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    _on_signal(stop.set)
     try:
         with lock(settings.state_dir), Service(settings, stop) as service, _bar() as report:
             service.run_once(everything=everything, report=report)

@@ -81,6 +81,10 @@ def _file(row: Sequence[Any]) -> FileRow:
     return FileRow(path, FileState(state), Signature(size, mtime_ns), *rest)
 
 
+# of the states in which a session rests, those that a note wakes it from
+_WAKES = "(state = 'done' OR (state = 'held' AND :flagged) OR (state = 'parked' AND :new_flag))"
+
+
 class Journal:
     """The journal in one folder; safe to share between threads.
 
@@ -165,7 +169,10 @@ class Journal:
     def durable(self) -> None:
         """Return once all that was committed is on the disk, whatever happens to the power."""
         with self._lock:
-            wal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                wal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return  # all of it has reached the file itself
         try:
             os.fsync(wal)
         finally:
@@ -266,25 +273,21 @@ class Journal:
             if row is not None and row[0] != session.folder:
                 return str(row[0])
             db.execute(
-                """
+                f"""
                 INSERT INTO session (folder, subject, date, number, flagged, due_at, changed_at)
                 VALUES (:folder, :subject, :date, :number, :flagged, :due_at, :now)
                 ON CONFLICT (folder) DO UPDATE SET
                     flagged    = flagged OR :flagged,
-                    state      = CASE WHEN state = 'done' OR (state = 'held' AND :flagged)
-                                        OR (state = 'parked' AND :new_flag)
-                                      THEN 'waiting' ELSE state END,
-                    due_at     = CASE WHEN state = 'done' OR (state = 'held' AND :flagged)
-                                        OR (state = 'parked' AND :new_flag) THEN :due_at
+                    state      = CASE WHEN {_WAKES} THEN 'waiting' ELSE state END,
+                    attempt    = CASE WHEN {_WAKES} THEN 0 ELSE attempt END,
+                    changed_at = CASE WHEN {_WAKES} THEN :now ELSE changed_at END,
+                    due_at     = CASE WHEN {_WAKES} THEN :due_at
                                       WHEN state = 'held' THEN min(due_at, :held_until)
                                       WHEN state = 'waiting' THEN min(due_at, :due_at)
                                       ELSE due_at END,
                     hinted_at  = CASE WHEN state = 'working'
-                                      THEN min(coalesce(hinted_at, :due_at), :due_at) END,
-                    changed_at = CASE WHEN state = 'done' OR (state = 'held' AND :flagged)
-                                        OR (state = 'parked' AND :new_flag)
-                                      THEN :now ELSE changed_at END
-                """,
+                                      THEN min(coalesce(hinted_at, :due_at), :due_at) END
+                """,  # noqa: S608
                 {
                     "folder": session.folder,
                     "subject": subject,
@@ -374,6 +377,12 @@ class Journal:
                 "UPDATE session SET eid = ?, doubt = ? WHERE id = ? AND state = 'working'",
                 (eid, doubt, session),
             )
+
+    def forget_alyx(self, session: int) -> None:
+        """Forget what was known of a session on Alyx, where it is no longer."""
+        with self._write() as db:
+            db.execute("UPDATE session SET eid = NULL, doubt = 1 WHERE id = ?", (session,))
+            db.execute("DELETE FROM file WHERE session_id = ? AND state <> 'placing'", (session,))
 
     def set_doubt(self, session: int, doubt: bool) -> None:
         """Note whether Alyx may hold datasets of the session that the journal does not know."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from regd.revisions import choose_destination
 from regd.settings import Settings
 
 _CATALOGUE_S = 600.0  # how long Alyx's dataset types and data formats are taken as known
+_DOUBTED_S = 10.0  # how old they may be when they are why a file is refused
 _log = get_logger()
 
 Record = dict[str, Any]
@@ -85,6 +87,7 @@ class RegistrationClient:
         self._chunk_files = chunk_files
         self._today = today
         self._clock = clock
+        self._catalogue_lock = threading.Lock()
         self._catalogue: tuple[float, DatasetTypes, list[str]] | None = None
 
     # --- what Alyx can hold ----------------------------------------------------------------------
@@ -104,13 +107,14 @@ class RegistrationClient:
         """The extensions of Alyx's data formats, with their dots."""
         return self._known()[2]
 
-    def _known(self) -> tuple[float, DatasetTypes, list[str]]:
-        known = self._catalogue
-        if known is None or self._clock() - known[0] > _CATALOGUE_S:
-            types = DatasetTypes(self.alyx.pages("/dataset-types"))
-            formats = [f["file_extension"] for f in self.alyx.pages("/data-formats")]
-            known = self._catalogue = (self._clock(), types, formats)
-        return known
+    def _known(self, not_older_s: float = _CATALOGUE_S) -> tuple[float, DatasetTypes, list[str]]:
+        with self._catalogue_lock:
+            known = self._catalogue
+            if known is None or self._clock() - known[0] > not_older_s:
+                types = DatasetTypes(self.alyx.pages("/dataset-types"))
+                formats = [f["file_extension"] for f in self.alyx.pages("/data-formats")]
+                known = self._catalogue = (self._clock(), types, formats)
+            return known
 
     def forget_types(self) -> None:
         """Ask Alyx again for its dataset types and data formats when they are next needed."""
@@ -124,7 +128,15 @@ class RegistrationClient:
             NoDatasetType: No data format, or not exactly one dataset type, fits the name.
         """
         place = parse_dataset(relative)
-        _, types, extensions = self._known()
+        try:
+            self._check_type(place, _CATALOGUE_S)
+        except NoDatasetType:
+            # somebody may just have mended it on Alyx
+            self._check_type(place, _DOUBTED_S)
+        return place
+
+    def _check_type(self, place: DatasetPath, not_older_s: float) -> None:
+        _, types, extensions = self._known(not_older_s)
         extension = PurePosixPath(place.name).suffix
         if not extension or extensions.count(extension) != 1:
             raise NoDatasetType(
@@ -135,7 +147,6 @@ class RegistrationClient:
                 "or name the file in watch.ignore if it is no dataset; then: regd retry",
             )
         types.match(place.name)
-        return place
 
     # --- sessions --------------------------------------------------------------------------------
 

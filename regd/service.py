@@ -182,6 +182,11 @@ class Service:
         self.client.alyx.close()
         self.journal.close()
 
+    def end(self) -> None:
+        """Have `run` or `run_once` return soon; for signal handlers."""
+        self.stop.set()
+        self._hints.put(Hint(""))
+
     # --- running ---------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -191,6 +196,7 @@ class Service:
             sqlite3.Error: The journal became unusable: let systemd start a new process.
         """
         recovered = self.journal.recover()
+        self.journal.set_fact("away", None)
         _log.info(
             "regd.started",
             data_root=str(self.root),
@@ -275,8 +281,7 @@ class Service:
             if not self.stop.is_set():
                 _log.exception("worker.died")
                 self._failed = error
-                self.stop.set()
-                self._hints.put(Hint(""))
+                self.end()
 
     def _idle_s(self) -> float:
         due_at = self.journal.next_due_at()
@@ -315,6 +320,7 @@ class Service:
             self._told = error
             kind = "root" if isinstance(error, DataRootAway) else "alyx"
             self._away[kind].failed(reason=error.reason, hint=error.hint)
+            self._note_away(error)
         if not self.gate.take_probe():
             return False
         try:
@@ -330,8 +336,16 @@ class Service:
             self.gate.open()
             for away in self._away.values():
                 away.recovered()
+            self.journal.set_fact("away", None)
             self._tell()
         return True
+
+    def _note_away(self, error: RegdError) -> None:
+        """Write the outage down for `regd status`, which may run without the credentials."""
+        known = self.journal.fact("away")
+        since = known["since"] if known else self._now()
+        away = {"reason": error.reason, "hint": error.hint, "since": since}
+        self.journal.set_fact("away", away)
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -364,6 +378,8 @@ class Service:
                     self._watcher = self._watch()  # the limit may have been raised meanwhile
                 self._scan(everything=everything)
                 self.journal.finish_scans()
+                with self.worker.stillness_lock:
+                    self.worker.stillness.expire(self._clock())
                 next_scan_at = self._clock() + self.settings.scan.every_s
                 everything = False
             overflow = self._take_hints()

@@ -67,6 +67,12 @@ class Stillness:
                 needed_s = min(needed_s, self.closed_quiet_s)
         return max(0.0, needed_s - still_s)
 
+    def expire(self, now: float) -> None:
+        """Drop what is remembered of files that nobody has asked about for long."""
+        oldest = now - 100 * max(self.quiet_s, 1.0)
+        self._sights = {p: s for p, s in self._sights.items() if s.since > oldest}
+        self._closed = {p: at for p, at in self._closed.items() if at > oldest}
+
     def forget(self, path: str) -> None:
         """Drop what is remembered of a file that is finished or gone."""
         self._sights.pop(path, None)

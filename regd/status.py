@@ -39,10 +39,11 @@ def report(settings: Settings, journal: Journal) -> Report:
         {"path": path, "reason": reason, "hint": hint} for path, reason, hint in journal.strays()
     ]
     parked = _sessions(journal, SessionState.PARKED)
+    running = is_running(settings.state_dir)
     return {
         "data_root": journal.fact("data_root"),
-        "daemon": {"running": is_running(settings.state_dir)},
-        "alyx": _alyx(settings),
+        "daemon": {"running": running},
+        "alyx": _alyx(settings, journal, running),
         "sessions": {str(state): count for state, count in sessions.items()},
         "files": {str(state): count for state, count in in_files.items()},
         "working": _sessions(journal, SessionState.WORKING),
@@ -105,29 +106,28 @@ def _grouped(rows: list[tuple[str, FileRow]]) -> Iterable[Report]:
             yield {"session": folder, "path": row.path, "reason": row.reason, "hint": row.hint}
 
 
-def _alyx(settings: Settings) -> Report:
-    """Return whether Alyx answers, and takes the credentials."""
-    url = settings.alyx.url
+def _alyx(settings: Settings, journal: Journal, running: bool) -> Report:
+    """Return whether Alyx answers and takes the credentials.
+
+    Who asks may lack the daemon's credentials; then what the daemon knows counts, or else that
+    Alyx answers at all.
+    """
+    about = {"url": settings.alyx.url, "reachable": True, "reason": None, "hint": None}
+    away = journal.fact("away") if running else None
+    if away:
+        return {**about, "reachable": False, **away}
     try:
         alyx = settings.alyx.model_copy(update={"timeout_s": _ALYX_WITHIN_S})
         quick = settings.model_copy(update={"alyx": alyx})
         with AlyxClient.from_settings(quick, sleep=_give_up) as client:
-            client.get("/data-formats", {"limit": 1})
+            if client.has_credentials:
+                client.get("/data-formats", {"limit": 1})
+            else:
+                client.ping()
     except RegdError as error:
-        return {"url": url, "reachable": False, "reason": error.reason, "hint": error.hint}
-    return {"url": url, "reachable": True, "reason": None, "hint": None}
+        return {**about, "reachable": False, "reason": error.reason, "hint": error.hint}
+    return about
 
 
 def _give_up(_seconds: float) -> None:
     """Stand in for a wait: a person at the rig wants an answer now."""
-
-
-def summary(report: Report) -> str:
-    """Return the report in one line, such as '3 sessions waiting, 1 parked, Alyx away'."""
-    counts = report["sessions"]
-    parts = [f"{n} {state}" for state, n in counts.items() if n]
-    text = ", ".join(parts) or "no sessions yet"
-    return text if report["alyx"]["reachable"] else f"{text}, Alyx away"
-
-
-__all__ = ["Report", "is_running", "needs_human", "report", "summary"]

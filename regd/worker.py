@@ -32,6 +32,7 @@ from regd.errors import (
     NoDatasetType,
     PathTaken,
     RevisionProtected,
+    SessionNotFound,
     Stopping,
     TryLater,
     Unauthorized,
@@ -184,6 +185,10 @@ class Worker:
             return _Next(SessionState.WAITING, due_at, row.attempt, error.reason, error.hint)
         except TryLater as error:
             return self._again(row, error)
+        except SessionNotFound as error:
+            # deleted on Alyx: the next attempt creates it again if it is flagged, or holds it
+            self.journal.forget_alyx(row.id)
+            return self._again(row, TryLater(error.reason, hint=error.hint))
         except NeedsHuman as error:
             return self._park(row, error.reason, error.hint)
         except OSError as error:
@@ -213,7 +218,7 @@ class Worker:
             flagged = self._sees_flag(row)
         except FileNotFoundError:
             return self._gone(row)
-        if row.eid is None:
+        if row.eid is None or flagged:  # a flag asks for the session to be there, whatever was
             found = self._identify(row, session, flagged)
             if found is None:
                 return self._hold(row)
@@ -223,6 +228,8 @@ class Worker:
             if self.settings.register.files:
                 wait_s = self._collect(row)
                 self._register(row, session)
+                if row.doubt and wait_s is None:
+                    self.journal.set_doubt(row.id, False)  # every file has been compared
             if flagged:
                 self._unflag(row)
         if wait_s is None:
@@ -264,6 +271,10 @@ class Worker:
                 f"Alyx has {len(found)} sessions {session.alyx_path}: {eids}",
                 hint="delete or renumber all but one on Alyx, then: regd retry",
             )
+        if found and found[0]["id"] == row.eid:
+            return row
+        if row.eid is not None:  # it was deleted on Alyx, and all that was registered with it
+            self.journal.forget_alyx(row.id)
         if found:
             eid, new = str(found[0]["id"]), False
         elif flagged:
@@ -454,8 +465,6 @@ class Worker:
             except (AlyxAway, AlyxFault):
                 self.journal.set_doubt(row.id, True)
                 raise
-        if row.doubt:
-            self.journal.set_doubt(row.id, False)
 
     def _post_chunk(self, row: SessionRow, session: SessionPath, chunk: list[FileRow]) -> bool:
         """Register some ready files; False if Alyx refused one without saying which."""

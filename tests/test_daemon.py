@@ -393,3 +393,28 @@ def test_a_watcher_that_died_is_replaced_and_what_it_missed_is_found(rig: Rig) -
         until(lambda: not (folder / "create_me.flag").exists())
         until(lambda: idle(service))
     assert_on_alyx(rig, folder)
+
+
+def test_a_session_deleted_on_alyx_is_created_again_when_flagged(rig: Rig) -> None:
+    folder = rig.record()
+    rig.scan().close()
+    rig.lab.client._request("DELETE", f"/sessions/{rig.eid()}")
+    write(folder / DATASETS[0], b"changed")
+    (folder / "create_me.flag").touch()
+    with rig.running() as service:
+        until(lambda: not (folder / "create_me.flag").exists())
+        until(lambda: idle(service))
+    assert_on_alyx(rig, folder)
+
+
+def test_a_dataset_type_added_on_alyx_is_known_on_retry(rig: Rig) -> None:
+    folder = rig.record()
+    name = f"novel{os.getpid()}x{rig.date.replace('-', 'x')}.thing"
+    write(folder / "alf" / f"{name}.npy", b"x")
+    with rig.scan() as journal:
+        assert len(journal.files_in(FileState.REFUSED)) == 1
+    rig.lab.client.post("/dataset-types", {"name": name, "filename_pattern": f"*{name}.*"})
+    with Journal(rig.journal().path, now=lambda: 0.0) as journal:
+        assert journal.retry(None) == 1
+    rig.scan().close()
+    assert_on_alyx(rig, folder)
