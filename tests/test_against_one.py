@@ -1019,3 +1019,33 @@ def test_a_path_that_alyx_would_misregister_is_refused(
     assert [record and record["name"] for record in by_regd] == [None, "_ibl_wheel.velocity.npy"]
     found = pair.regd.client.find_files(pair.regd.root / session)
     assert [path.name for path in found] == ["_ibl_wheel.velocity.npy"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "theirs", "ours"), [("1", "2", "a"), ("-x", "x", "a"), ("ba", "a", "c")]
+)
+def test_todays_revision_with_another_ending_than_one_letter(
+    pair: Pair, session: str, ending: str, theirs: str, ours: str
+) -> None:
+    """ONE counts on from the last character alone; regd takes the first suffix that sorts after."""
+    create(pair, session)
+    for side in pair:
+        side.protect(side.register(session, _in(f"2024-05-17{ending}", POSITION)))
+    write(pair, session, POSITION)
+    by_one, by_regd = _post(pair, session, POSITION)
+    assert by_one[0]["revision"] == f"2024-05-17{theirs}"
+    assert by_regd[0]["revision"] == f"2024-05-17{ours}"
+    assert ours > ending
+
+
+@pytest.mark.xfail(strict=True, reason="an experiment reference is not taken for a session")
+def test_water_for_a_session_by_its_reference(pair: Pair, session: str) -> None:
+    create(pair, session)
+    subject, date, number = session.split("/")
+
+    def action(side: Side) -> Any:
+        return side.client.register_water_administration(
+            subject, 1, date_time="2030-01-01", session=f"{date}_{int(number)}_{subject}"
+        )
+
+    compare(pair, action, session)
