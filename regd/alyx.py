@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from regd.settings import Settings
 
+Params = Mapping[str, Any] | list[tuple[str, str]]
+
 _PAGE = 1000  # Alyx's own maximum
 _BLIP_ATTEMPTS = 4
 _BLIP_FIRST_S = 0.25
@@ -63,6 +65,8 @@ class RateLimit:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        if per_minute is not None and per_minute < 1:
+            raise InvalidInput("requests_per_minute must be at least 1")
         self._sent: deque[float] = deque(maxlen=per_minute)
         self._limited = per_minute is not None
         self._clock = clock
@@ -121,18 +125,12 @@ class AlyxClient:
         sleep: Callable[[float], None] = time.sleep,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise InvalidInput(
-                f"alyx.url {base_url!r} is not an address of an Alyx server"
-                if not parts.username
-                else "alyx.url must not hold a user name or password",
-                hint="give it as https://host, and the user in alyx.username",
-            )
-        self.base_url = base_url.rstrip("/")
+        self.base_url = _checked_url(base_url)
         self.user = username
         self._password = password
-        self._token = token
+        self._token = token.strip() if token else None  # a file of it ends in a newline
+        if self._token and not (self._token.isascii() and self._token.isprintable()):
+            raise InvalidInput("alyx.token has a character that no token has", hint="correct it")
         self._login_lock = threading.Lock()
         self._limit = RateLimit(requests_per_minute, clock=clock, sleep=sleep)
         self._sleep = sleep
@@ -192,7 +190,7 @@ class AlyxClient:
     def get(
         self,
         path: str,
-        params: Mapping[str, Any] | None = None,
+        params: Params | None = None,
         data: Mapping[str, Any] | None = None,
     ) -> Any:
         """Return what `GET path` answers; a lost answer is asked for again.
@@ -227,7 +225,7 @@ class AlyxClient:
 
     def pages(self, path: str, params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """Yield every record of a list, page after page."""
-        query: Mapping[str, Any] | None = {"limit": _PAGE, **(params or {})}
+        query: Params | None = {"limit": _PAGE, **(params or {})}
         while query is not None:
             answer = self.get(path, query)
             if isinstance(answer, list):  # endpoints without paging
@@ -238,7 +236,10 @@ class AlyxClient:
             yield from answer["results"]
             # only the query of `next` is taken: behind a proxy its host may be the wrong one
             after = answer.get("next")
-            query = dict(parse_qsl(urlsplit(after).query)) if after else None
+            following = _query_of(after) if after else None
+            if following == query:
+                raise AlyxAway("Alyx named a page as the one after itself")
+            query = following
 
     def rest(
         self,
@@ -278,7 +279,7 @@ class AlyxClient:
         method: str,
         path: str,
         *,
-        params: Mapping[str, Any] | None = None,
+        params: Params | None = None,
         json: Mapping[str, Any] | None = None,
     ) -> Any:
         def again(error: BaseException) -> bool:
@@ -309,7 +310,7 @@ class AlyxClient:
         self,
         method: str,
         path: str,
-        params: Mapping[str, Any] | None,
+        params: Params | None,
         json: Mapping[str, Any] | None,
     ) -> Any:
         token = self._log_in(refused=None)
@@ -335,6 +336,9 @@ class AlyxClient:
         where = f"{method} {self.base_url}{path}"
         try:
             return self._http.request(method, path, headers=headers, **content)
+        except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
+            # its text would repeat the header, and with it the token
+            raise InvalidInput(f"{where} cannot be sent: check alyx.url and alyx.token") from None
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise AlyxAway(
                 f"{where}: no connection: {error}",
@@ -388,7 +392,7 @@ def _read(answer: httpx.Response) -> Any:
         return None
     try:
         body = answer.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if answer.is_success:
         if body is None:
@@ -405,18 +409,16 @@ def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) ->
     """Return the exception that an answer other than 2xx stands for."""
     status = answer.status_code
     if status == 429:
-        now = datetime.datetime.now(datetime.UTC)
-        return AlyxThrottled(
-            f"{where}: too many requests (429)",
-            after_s=retry_after_s(answer.headers.get("Retry-After"), now),
-        )
+        return AlyxThrottled(f"{where}: too many requests (429)", after_s=_asked_s(answer))
     if answer.has_redirect_location or 300 <= status < 400:
         return AlyxAway(
             f"{where} was redirected ({status}) to {answer.headers.get('Location', '?')[:200]}",
             hint="is alyx.url right, and is there a login page in between?",
         )
     if status in (502, 503, 504) or (status >= 500 and body is None):
-        return AlyxAway(f"{where} answered {status}", unknown_outcome=True)
+        return AlyxAway(
+            f"{where} answered {status}", unknown_outcome=True, after_s=_asked_s(answer)
+        )
     if body is None:
         if status == 404:
             return AlyxRefused(
@@ -521,6 +523,46 @@ def _sentence(body: dict[str, Any]) -> str:
     return "; ".join(
         f"{k}: {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in fields.items()
     )
+
+
+def _asked_s(answer: httpx.Response) -> float | None:
+    now = datetime.datetime.now(datetime.UTC)
+    return retry_after_s(answer.headers.get("Retry-After"), now)
+
+
+def _query_of(address: object) -> Params:
+    """Return the query of the next page's address.
+
+    Raises:
+        AlyxAway: It is no address of a page.
+    """
+    try:
+        query = parse_qsl(urlsplit(address).query) if isinstance(address, str) else []
+    except ValueError:
+        query = []
+    if not query:
+        raise AlyxAway("Alyx named a next page that has no address")
+    return query
+
+
+def _checked_url(url: str) -> str:
+    """Return the server's address without a trailing slash.
+
+    Raises:
+        InvalidInput: It is none, or holds a user name or password; these are not repeated.
+    """
+    hint = "give it as https://host, and the user in alyx.username"
+    try:
+        parts = urlsplit(url)
+        httpx.URL(url)
+        _ = parts.port
+    except (ValueError, httpx.InvalidURL):
+        raise InvalidInput("alyx.url is not an address of an Alyx server", hint=hint) from None
+    if parts.username is not None or parts.password is not None:
+        raise InvalidInput("alyx.url must not hold a user name or password", hint=hint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidInput(f"alyx.url {url!r} is not an address of an Alyx server", hint=hint)
+    return url.rstrip("/")
 
 
 def _trust(ca_file: str | Path | None) -> ssl.SSLContext | bool:

@@ -209,11 +209,11 @@ def _bar() -> Iterator[Any]:
 
 def _show_dry_run(settings: Settings, everything: bool) -> None:
     """Print what a scan would take on, without a daemon's lock and without writing anything."""
-    from regd.paths import ignore_matcher
+    from regd.paths import Ignored
     from regd.scan import Scanner
 
     assert settings.data_root is not None
-    ignored = ignore_matcher(settings.watch.ignore)
+    ignored = Ignored(settings.watch.ignore)
     with _scratch_or_real_journal(settings) as journal:
         scanner = Scanner(
             settings.data_root.resolve(), settings, journal, ignored, threading.Event()

@@ -41,7 +41,7 @@ class DatasetTypes:
                 self._named.setdefault(record["name"], []).append(order)
                 continue
             # the pattern itself is not stripped, as Alyx does not strip it either
-            glob = record["filename_pattern"].lower()
+            glob = record["filename_pattern"].casefold()
             index = len(self._patterns)
             self._patterns.append((order, re.compile(translate(glob))))
             literal = max(_LITERAL.findall(glob), key=len, default="")
@@ -72,17 +72,17 @@ class DatasetTypes:
         )
 
     def _matches(self, name: str) -> list[int]:
-        lower = name.lower()
+        folded = name.casefold()
         found = list(self._named.get(object_attribute(name) or PurePath(name).stem, ()))
         candidates = set(self._always)
         fragments = self._by_fragment
-        for start in range(len(lower) - _FRAGMENT + 1):
-            hit = fragments.get(lower[start : start + _FRAGMENT])
+        for start in range(len(folded) - _FRAGMENT + 1):
+            hit = fragments.get(folded[start : start + _FRAGMENT])
             if hit:
                 candidates.update(hit)
         for index in candidates:
             order, pattern = self._patterns[index]
-            if pattern.match(lower):
+            if pattern.match(folded):
                 found.append(order)
         return sorted(found)
 

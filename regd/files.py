@@ -37,7 +37,7 @@ class Found:
         path: Its path below the folder walked, '/' between the parts.
         signature: Its size and modification time.
         touched_ns: The newer of mtime and ctime, nanoseconds since 1970.
-        kind: 'file', 'link', or 'other' (a device, a socket, a pipe).
+        kind: 'file', 'link', 'other' (a device, a socket, a pipe), or 'unreadable' (a folder).
     """
 
     path: str
@@ -61,16 +61,21 @@ def walk(folder: Path, ignored: Any = None, prefix: str = "") -> Iterator[Found]
         prefix: Put before each path for `ignored`.
 
     Raises:
-        OSError: `folder` itself cannot be read. A folder below that vanished is passed over.
+        OSError: `folder` itself cannot be read.
     """
     stack = [""]
     while stack:
         inner = stack.pop()
         try:
             entries = list(os.scandir(folder / inner))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if not inner:
                 raise
+            continue  # it went away since it was listed
+        except OSError:
+            if not inner:
+                raise
+            yield Found(inner, Signature(0, 0), 0, "unreadable")
             continue
         for entry in entries:
             path = f"{inner}/{entry.name}" if inner else entry.name
@@ -100,6 +105,8 @@ def open_folder(root: Path, relative: str) -> Iterator[int]:
     descriptor = os.open(root, _FOLDER & ~os.O_NOFOLLOW)
     try:
         for part in filter(None, relative.split("/")):
+            if part in (".", ".."):
+                raise OSError(errno.EINVAL, "not a path below the data root", relative)
             inner = os.open(part, _FOLDER, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = inner
@@ -117,10 +124,11 @@ def open_file(root: Path, relative: str) -> Iterator[FileIO]:
     """
     folder, _, name = relative.rpartition("/")
     with open_folder(root, folder) as descriptor:
-        file = FileIO(os.open(name, _FILE, dir_fd=descriptor))
-    with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", relative)
+        number = os.open(name, _FILE, dir_fd=descriptor)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", relative)
+    with FileIO(number) as file:
         yield file
 
 
@@ -250,18 +258,25 @@ def move(root: Path, folder: str, source: str, target: str) -> None:
 def _rename_noreplace(from_fd: int, name: str, to_fd: int, new_name: str) -> None:
     """Rename as `renameat2` with RENAME_NOREPLACE does, by link and unlink where it is missing."""
     old, new = os.fsencode(name), os.fsencode(new_name)
-    if _libc.renameat2(from_fd, old, to_fd, new, _RENAME_NOREPLACE) == 0:
-        return
+    renameat2 = getattr(_libc, "renameat2", None)  # glibc has it since 2.28
+    if renameat2 is None:
+        return _link_and_unlink(from_fd, name, to_fd, new_name)
+    if renameat2(from_fd, old, to_fd, new, _RENAME_NOREPLACE) == 0:
+        return None
     code = ctypes.get_errno()
     if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         raise OSError(code, os.strerror(code), name)
+    return _link_and_unlink(from_fd, name, to_fd, new_name)
+
+
+def _link_and_unlink(from_fd: int, name: str, to_fd: int, new_name: str) -> None:
     try:
         os.link(name, new_name, src_dir_fd=from_fd, dst_dir_fd=to_fd, follow_symlinks=False)
     except OSError as error:
         if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
             raise NeedsHuman(
                 f"the file system of {name} cannot move a file without the risk of overwriting",
-                hint=f"move {name} into its folder {new_name} by hand, then: regd retry",
+                hint="keep data_root on a file system that has hard links, such as ext4 or XFS",
             ) from None
         raise
     os.fsync(to_fd)  # the new name is on the disk before the old one goes
@@ -295,7 +310,10 @@ def drop_second_name(root: Path, folder: str, old: str, new: str) -> None:
             first = os.stat(old_name, dir_fd=old_fd, follow_symlinks=False)
         except FileNotFoundError:
             return
-        if os.path.samestat(first, os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)):
+        # with a single link the two names are two spellings of it, and it must stay
+        if first.st_nlink > 1 and os.path.samestat(
+            first, os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)
+        ):
             os.fsync(new_fd)
             os.unlink(old_name, dir_fd=old_fd)
             os.fsync(old_fd)

@@ -119,26 +119,41 @@ class Journal:
                 f"the journal {path} cannot be opened: {error}",
                 hint="check the rights and the free space of state_dir",
             ) from None
-        self._db.execute("PRAGMA foreign_keys = ON")
-        if not read_only:
-            self._prepare()
+        try:
+            self._db.execute("PRAGMA foreign_keys = ON")
+            if read_only:
+                self._check_version()
+            else:
+                self._prepare()
+        except sqlite3.OperationalError as error:
+            self._db.close()
+            raise NeedsHuman(
+                f"the journal {path} cannot be used: {error}",
+                hint="run this as regd's user; check the rights and the free space of state_dir",
+            ) from None
+        except BaseException:
+            self._db.close()
+            raise
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
         # a power cut may undo the last commits, never damage the file; see durable()
         self._db.execute("PRAGMA synchronous = NORMAL")
         with self._write():
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
+            if self._check_version() == 0:
                 schema = package_files("regd").joinpath("schema.sql").read_text()
                 for statement in _statements(schema):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                raise NeedsHuman(
-                    f"the journal {self.path} is of another version of regd ({version})",
-                    hint="install that version, or move the journal away: a scan rebuilds it",
-                )
+
+    def _check_version(self) -> int:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA_VERSION):
+            raise NeedsHuman(
+                f"the journal {self.path} is of another version of regd ({version})",
+                hint="install that version, or move the journal away: a scan rebuilds it",
+            )
+        return int(version)
 
     def __enter__(self) -> Journal:
         return self
@@ -341,8 +356,7 @@ class Journal:
             db.execute(
                 """
                 UPDATE session SET
-                    state = CASE WHEN hinted_at IS NULL OR :state = 'parked' THEN :state
-                                 ELSE 'waiting' END,
+                    state = CASE WHEN hinted_at IS NULL THEN :state ELSE 'waiting' END,
                     due_at = CASE WHEN hinted_at IS NULL THEN :due_at
                                   WHEN :state = 'waiting' THEN min(hinted_at, :due_at)
                                   ELSE hinted_at END,

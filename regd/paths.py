@@ -103,7 +103,7 @@ def could_become_session(parts: tuple[str, ...]) -> bool:
         case ():
             return True
         case (name,):
-            return bool(_SUBJECT.fullmatch(name))
+            return bool(_SUBJECT.fullmatch(name) or _LAB.fullmatch(name))
         case (name, "Subjects"):
             return bool(_LAB.fullmatch(name))
         case (_, "Subjects", name):
@@ -147,18 +147,33 @@ def object_attribute(name: str) -> str | None:
     return f"{match['object']}.{match['attribute']}" if match else None
 
 
-def ignore_matcher(patterns: Iterable[str]) -> re.Pattern[str]:
-    """Compile `watch.ignore`: one pattern to ``fullmatch`` against ``'/' + path below the root``.
+class Ignored:
+    """The patterns of `watch.ignore`; says of a path below the data root whether one fits.
 
     A pattern without a slash is held against the last name alone, one with a slash against the
-    whole path; both ignore case.
+    whole path; both ignore case, and are shell patterns.
+
+    Args:
+        patterns: Such as ``*.tmp`` or ``*/Subjects/*/scratch``.
     """
-    parts = [
-        translate("/" + p.strip("/")) if "/" in p.strip("/") else f"(?s:.*/){translate(p)}"
-        for p in patterns
-    ]
-    # translate() ends in \Z, which fullmatch allows; an empty list must match nothing
-    return re.compile("|".join(f"(?:{p})" for p in parts) or r"(?!)", re.IGNORECASE)
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        names: list[str] = []
+        paths: list[str] = []
+        for pattern in patterns:
+            (paths if "/" in pattern else names).append(pattern.strip("/"))
+        self._name = _any_of(names)
+        self._path = _any_of(paths)
+
+    def __call__(self, path: str) -> bool:
+        """Say whether `path`, with '/' between its parts, fits a pattern."""
+        name = path.rpartition("/")[2]
+        return bool(self._name.match(name) or self._path.match(path))
+
+
+def _any_of(patterns: list[str]) -> re.Pattern[str]:
+    # an empty list must match nothing
+    return re.compile("|".join(map(translate, patterns)) or r"(?!)", re.IGNORECASE)
 
 
 def is_utf8(text: str) -> bool:

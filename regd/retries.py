@@ -35,7 +35,7 @@ def retry_after_s(value: str | None, now: datetime.datetime) -> float | None:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(value) - now).total_seconds()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
     # an hour at most: a server that is wrong about this must not put a rig to sleep for good
     return min(max(seconds, 0.0), 3600.0) if seconds == seconds else None

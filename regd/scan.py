@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from regd.journal import FileRow, Journal, SessionRow
 from regd.model import SessionPath, SessionState
 from regd.paths import (
     SESSION_FORM,
+    Ignored,
     could_become_session,
     is_utf8,
     parse_session,
@@ -54,14 +54,14 @@ class Scanner:
         root: The data root, resolved.
         settings: What to look for.
         journal: What is known.
-        ignored: Matches ``'/' + path below the root`` of what is never looked at.
+        ignored: Says of a path below the root whether it is never looked at.
         stop: Set to end a scan early.
     """
 
     root: Path
     settings: Settings
     journal: Journal
-    ignored: re.Pattern[str]
+    ignored: Ignored
     stop: threading.Event
 
     def scan(
@@ -114,6 +114,10 @@ class Scanner:
         """Yield the folders in one that holds sessions, and add its files to the strays."""
         try:
             entries = list(os.scandir(self.root / folder))
+        except FileNotFoundError:
+            if not folder:
+                raise
+            return
         except OSError as error:
             if not folder:
                 raise
@@ -123,7 +127,7 @@ class Scanner:
         for entry in sorted(entries, key=lambda e: e.name, reverse=True):
             path = f"{folder}/{entry.name}" if folder else entry.name
             is_flag = entry.name == self.settings.flag
-            if self.ignored.fullmatch(f"/{path}") and not is_flag:
+            if self.ignored(path) and not is_flag:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 yield path
@@ -148,10 +152,10 @@ class Scanner:
         return flag if flagged else printable(found.path) if found else None
 
     def _walk(self, folder: str) -> Iterator[files.Found]:
-        return files.walk(self.root / folder, self._is_ignored, f"/{folder}")
+        return files.walk(self.root / folder, self._is_ignored, folder)
 
     def _is_ignored(self, path: str) -> bool:
-        return bool(self.ignored.fullmatch(path)) and not path.endswith(f"/{self.settings.flag}")
+        return self.ignored(path) and not path.endswith(f"/{self.settings.flag}")
 
     def _look(
         self, session: SessionPath, now: float, result: ScanResult, *, everything: bool, dry: bool
@@ -179,8 +183,8 @@ class Scanner:
                 return
         elif not self._needs_work(*known, flagged, found):
             return
-        result.noted.append(session.folder)
         if dry:
+            result.noted.append(session.folder)
             return
         other = self.journal.note(
             session,
@@ -189,7 +193,9 @@ class Scanner:
             new_flag=flagged and not (known and known[0].flagged),
             held_until=now + self.settings.scan.every_s,
         )
-        if other is not None:
+        if other is None:
+            result.noted.append(session.folder)
+        else:
             reason = f"{session.folder} is the same session on Alyx as {other}"
             result.strays.append((session.folder, reason, "rename or merge one of the two folders"))
 

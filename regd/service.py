@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import queue
 import random
-import re
 import sqlite3
 import threading
 import time
@@ -29,7 +29,7 @@ from regd.errors import (
 from regd.journal import FILE_NAME, Journal
 from regd.logs import Recurring, get_logger
 from regd.model import FileState, SessionState
-from regd.paths import could_become_session, ignore_matcher, parse_session, session_depth
+from regd.paths import Ignored, could_become_session, parse_session, session_depth
 from regd.registration import RegistrationClient
 from regd.scan import Scanner, ScanResult
 from regd.settings import Settings
@@ -41,6 +41,7 @@ STOP_WITHIN_S = 4.0
 """How long what is in hand may take to finish after SIGTERM, in seconds."""
 _TICK_S = 1.0  # how often the journal is asked for what other processes want
 _REMIND_S = 3600.0
+_AFTER_OVERFLOW_S = 30.0
 _log = get_logger()
 
 
@@ -142,7 +143,7 @@ class Service:
         self.root = settings.data_root.resolve()
         self._now = now
         self._clock = clock
-        self._ignored: re.Pattern[str] = ignore_matcher(settings.watch.ignore)
+        self._ignored = Ignored(settings.watch.ignore)
         self.journal = Journal(settings.state_dir / FILE_NAME, now=now)
         self.journal.bind_root(self.root)
         self.client = client or RegistrationClient(
@@ -173,6 +174,9 @@ class Service:
             for kind in ("alyx", "root")
         }
         self._watcher: Watcher | None = None
+        self._watch_trouble = Recurring(
+            _log, "watch.failed", "watch.mended", every_s=_REMIND_S, clock=clock
+        )
         self._told: RegdError | None = None  # the last outage that was logged
 
     def __enter__(self) -> Service:
@@ -357,14 +361,24 @@ class Service:
         try:
             watcher.start()
         except NeedsHuman as error:
-            _log.error("watch.failed", reason=error.reason, hint=error.hint)
+            self._watch_trouble.failed(reason=error.reason, hint=error.hint)
             return None
+        self._check_limit(watcher)
         _log.info("watch.started", took_s=round(self._clock() - started_at, 2))
         return watcher
+
+    def _check_limit(self, watcher: Watcher) -> None:
+        try:
+            watcher.check_limit()
+        except NeedsHuman as error:
+            self._watch_trouble.failed(reason=error.reason, hint=error.hint)
+        else:
+            self._watch_trouble.recovered()
 
     def _loop(self) -> None:
         """Take hints, requests and the time as they come."""
         next_scan_at = self._clock()
+        rescan_at = math.inf
         version = -1
         everything = False
         while not self.stop.is_set():
@@ -376,6 +390,8 @@ class Service:
             if self._clock() >= next_scan_at:
                 if self._watcher is None:
                     self._watcher = self._watch()  # the limit may have been raised meanwhile
+                else:
+                    self._check_limit(self._watcher)
                 self._scan(everything=everything)
                 self.journal.finish_scans()
                 with self.worker.stillness_lock:
@@ -386,6 +402,10 @@ class Service:
             if overflow:
                 _log.warning("watch.overflowed", reason="events were lost: scanning")
                 next_scan_at = self._clock()
+                # watchdog sets its watches anew now; what appears meanwhile is found after that
+                rescan_at = self._clock() + _AFTER_OVERFLOW_S
+            if self._clock() >= rescan_at:
+                next_scan_at, rescan_at = self._clock(), math.inf
             if (latest := self.journal.version()) != version:
                 version = latest
                 asked = self.journal.take_scan()
@@ -442,9 +462,7 @@ class Service:
         parts = path.split("/")
         if parts[-1] == self.settings.flag:
             parts.pop()
-        return any(
-            self._ignored.fullmatch("/" + "/".join(parts[: n + 1])) for n in range(len(parts))
-        )
+        return any(self._ignored("/".join(parts[: n + 1])) for n in range(len(parts)))
 
     def _take_hint(self, hint: Hint, folders: set[str]) -> None:
         """Note the session of a hint, or add the folder to scan for one outside any session."""

@@ -53,13 +53,16 @@ class Stillness:
                 cannot be compared with this clock.
         """
         sight = self._sights.get(path)
+        closed_at = self._closed.get(path)
         if sight is None or sight.signature != signature:
+            if sight is not None and closed_at is not None and sight.since >= closed_at:
+                del self._closed[path]  # it was seen after the close, and written to since
+                closed_at = None
             sight = self._sights[path] = _Sight(signature, now)
         still_s = now - sight.since
         if untouched_s is not None and untouched_s > still_s:
             still_s = untouched_s
         needed_s = self.quiet_s
-        closed_at = self._closed.get(path)
         if closed_at is not None:
             if untouched_s is not None and untouched_s + _STAMP_SLACK_S < now - closed_at:
                 del self._closed[path]  # somebody wrote to it after that

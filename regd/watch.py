@@ -97,10 +97,9 @@ class Watcher:
     def __init__(self, root: Path, observer: str, hints: queue.SimpleQueue[Hint]) -> None:
         self._root = root
         self._filter = _OverflowFilter(hints)
-        self._observer = _make_observer(observer)
-        self._observer.schedule(
-            _Handler(root, hints), str(root), recursive=True, event_filter=_EVENTS
-        )
+        self._kind = observer
+        self._observer: BaseObserver | None = None
+        self._handler = _Handler(root, hints)
 
     def start(self) -> None:
         """Set up the watches; returns when all stand.
@@ -114,13 +113,19 @@ class Watcher:
         # the warning would reach nobody who can act on it.
         warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         try:
+            self._observer = _make_observer(self._kind)
+            self._observer.schedule(
+                self._handler, str(self._root), recursive=True, event_filter=_EVENTS
+            )
             self._observer.start()
         except OSError as error:
             self.stop()
-            raise NeedsHuman(*_explain(error, self._root)) from None
+            raise _explain(error, self._root) from None
 
     def is_alive(self) -> bool:
         """Say whether every thread that carries events is still there."""
+        if self._observer is None:
+            return False
         threads = [self._observer, *self._observer.emitters]
         # the thread that reads from the kernel; watchdog does not show it
         reader = getattr(self._observer, "_inotify_fd", None)
@@ -130,9 +135,29 @@ class Watcher:
         """Take the watches down."""
         for name in _WATCHDOG_LOGGERS:
             logging.getLogger(name).removeFilter(self._filter)
-        if self._observer.is_alive():
-            self._observer.stop()
-            self._observer.join(timeout=2.0)
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            running = observer.is_alive()
+            observer.stop()  # its reader runs from the start, even if the rest has failed
+            if running:
+                observer.join(timeout=2.0)
+
+    def check_limit(self) -> None:
+        """Return if the kernel grants one more watch; watchdog passes over folders it could not.
+
+        Raises:
+            NeedsHuman: It does not, so that some folders may not be watched.
+        """
+        if self._kind == "polling":
+            return
+        one_more = _make_observer(self._kind)
+        try:
+            one_more.schedule(FileSystemEventHandler(), str(self._root), event_filter=_EVENTS)
+            one_more.start()
+        except OSError as error:
+            raise _explain(error, self._root) from None
+        finally:
+            one_more.stop()
 
 
 def _make_observer(kind: str) -> BaseObserver:
@@ -145,19 +170,21 @@ def _make_observer(kind: str) -> BaseObserver:
     return Observer()
 
 
-def _explain(error: OSError, root: Path) -> tuple[str]:
+def _explain(error: OSError, root: Path) -> NeedsHuman:
     """Return what it means that the watches cannot be set up, and what to do."""
-    if error.errno == errno.ENOSPC:
-        key, path = "max_user_watches", "/proc/sys/fs/inotify/max_user_watches"
-    elif error.errno == errno.EMFILE:
-        key, path = "max_user_instances", "/proc/sys/fs/inotify/max_user_instances"
-    else:
-        return (f"{root} cannot be watched: {error.strerror or error}; regd goes on by scanning",)
+    limits = {errno.ENOSPC: "max_user_watches", errno.EMFILE: "max_user_instances"}
+    if error.errno not in limits:
+        return NeedsHuman(
+            f"{root} cannot be watched: {error.strerror or error}; regd goes on by scanning",
+            hint="check that the folder is there and can be read",
+        )
+    key = limits[error.errno]
     try:
-        now = int(Path(path).read_text())
+        now = int(Path(f"/proc/sys/fs/inotify/{key}").read_text())
     except (OSError, ValueError):
         now = 8192
-    return (
+    return NeedsHuman(
         f"the kernel's limit fs.inotify.{key} ({now}) is too low to watch {root}; "
-        f"regd goes on by scanning. Raise it: sysctl fs.inotify.{key}={max(now * 4, 524288)}",
+        "regd goes on by scanning",
+        hint=f"raise it: sysctl fs.inotify.{key}={max(now * 4, 524288)}",
     )

@@ -10,7 +10,6 @@ import datetime
 import errno
 import os
 import random
-import re
 import stat
 import threading
 import time
@@ -47,7 +46,7 @@ from regd.model import (
     SessionPath,
     SessionState,
 )
-from regd.paths import is_utf8, parse_dataset, printable
+from regd.paths import Ignored, is_utf8, parse_dataset, printable
 from regd.registration import RegistrationClient, is_protected, read_histories
 from regd.retries import backoff_s
 from regd.revisions import choose_destination
@@ -124,7 +123,7 @@ class Worker:
         journal: What is known and due.
         client: The way to Alyx.
         stillness: When files were last seen to change; guarded by `stillness_lock`.
-        ignored: Matches ``'/' + path below the root`` of what is never looked at.
+        ignored: Says of a path below the root whether it is never looked at.
         gate: Closed while Alyx is away.
         stop: Set when regd is to end; work in hand is put back.
         now: Seconds since 1970.
@@ -138,7 +137,7 @@ class Worker:
     journal: Journal
     client: RegistrationClient
     stillness: Stillness
-    ignored: re.Pattern[str]
+    ignored: Ignored
     gate: Gate
     stop: threading.Event
     now: Callable[[], float] = time.time
@@ -308,7 +307,7 @@ class Worker:
 
     def _walk(self, folder: str) -> Iterable[files.Found]:
         flag = self.settings.flag
-        for found in files.walk(self.root / folder, self.ignored.fullmatch, f"/{folder}"):
+        for found in files.walk(self.root / folder, self.ignored, folder):
             if found.path != flag:
                 yield found
 
@@ -617,6 +616,8 @@ def _check_kind(key: str, found: files.Found) -> None:
             f"{key} is a symbolic link, and links are not followed",
             hint="put the file itself here, or name the link in watch.ignore",
         )
+    if found.kind == "unreadable":
+        raise InvalidPath(f"{key} cannot be read", hint="give regd's user the right to read it")
     if found.kind != "file":
         raise InvalidPath(f"{key} is no regular file", hint="remove it, or name it in watch.ignore")
     if found.signature.size == 0:

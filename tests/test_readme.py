@@ -29,6 +29,7 @@ def test_events_table() -> None:
     logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
     for kind in ("alyx", "root"):
         logged |= {f"{kind}.away", f"{kind}.back"}
+    logged |= {"watch.failed", "watch.mended"}
     listed = set(
         re.findall(
             r"`([a-z]+\.[a-z_]+)`",
