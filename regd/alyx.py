@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import httpx
+from pydantic import TypeAdapter
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from regd import __version__
@@ -32,6 +33,7 @@ from regd.errors import (
     SubjectNotFound,
     Unauthorized,
 )
+from regd.records import HISTORIES, RECORD, is_a
 from regd.retries import backoff_s, retry_after_s
 
 if TYPE_CHECKING:
@@ -192,6 +194,7 @@ class AlyxClient:
         path: str,
         params: Params | None = None,
         data: Mapping[str, Any] | None = None,
+        form: TypeAdapter[Any] = RECORD,
     ) -> Any:
         """Return what `GET path` answers; a lost answer is asked for again.
 
@@ -199,8 +202,12 @@ class AlyxClient:
             path: Below the server's address, such as '/sessions'.
             params: The query.
             data: Sent as JSON in the body, which Alyx reads where a query would be too long.
+            form: What the answer must hold.
+
+        Raises:
+            AlyxAway: Alyx cannot be reached, or answers with something else.
         """
-        return self._request("GET", path, params=params, json=data)
+        return self._checked(self._request("GET", path, params=params, json=data), path, form)
 
     def ping(self) -> None:
         """Return if Alyx answers, whether or not it knows who asks.
@@ -211,29 +218,36 @@ class AlyxClient:
         with contextlib.suppress(Unauthorized):
             _read(self._send("GET", "/data-formats", params={"limit": 1}))
 
-    def post(self, path: str, data: Mapping[str, Any]) -> Any:
+    def post(self, path: str, data: Mapping[str, Any], form: TypeAdapter[Any] = RECORD) -> Any:
         """Return what `POST path` answers; it is sent once, unless it surely never arrived.
 
         Raises:
             AlyxAway: With `unknown_outcome` set if the request may have taken effect.
         """
-        return self._request("POST", path, json=data)
+        return self._checked(self._request("POST", path, json=data), path, form)
 
-    def patch(self, path: str, data: Mapping[str, Any]) -> Any:
+    def patch(self, path: str, data: Mapping[str, Any], form: TypeAdapter[Any] = RECORD) -> Any:
         """Return what `PATCH path` answers: the record with `data` changed and the rest kept."""
-        return self._request("PATCH", path, json=data)
+        return self._checked(self._request("PATCH", path, json=data), path, form)
 
-    def pages(self, path: str, params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield every record of a list, page after page."""
+    def pages(
+        self,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        form: TypeAdapter[Any] = RECORD,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield every record of a list, page after page; each must have that form."""
         query: Params | None = {"limit": _PAGE, **(params or {})}
         while query is not None:
-            answer = self.get(path, query)
-            if isinstance(answer, list):  # endpoints without paging
-                yield from answer
-                return
-            if not isinstance(answer, dict) or not isinstance(answer.get("results"), list):
+            answer = self._request("GET", path, params=query)
+            paged = isinstance(answer, dict)
+            records = answer.get("results") if paged else answer
+            if not isinstance(records, list):
                 raise AlyxAway(f"{self.base_url}{path} answered with something that is no list")
-            yield from answer["results"]
+            for record in records:
+                yield self._checked(record, path, form)
+            if not paged:
+                return
             # only the query of `next` is taken: behind a proxy its host may be the wrong one
             after = answer.get("next")
             following = _query_of(after) if after else None
@@ -273,6 +287,15 @@ class AlyxClient:
         if action == "partial_update":
             return self.patch(record, data or {})
         raise InvalidInput(f"{action!r} is none of list, read, create, partial_update")
+
+    def _checked(self, answer: Any, path: str, form: TypeAdapter[Any]) -> Any:
+        if is_a(form, answer):
+            return answer
+        raise AlyxAway(
+            f"{self.base_url}{path} answered with something that Alyx does not say",
+            hint="is alyx.url the address of an Alyx of version 3?",
+            unknown_outcome=True,
+        )
 
     def _request(
         self,
@@ -436,7 +459,7 @@ def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) ->
 
 
 def _forbidden(where: str, body: dict[str, Any], text: str) -> Exception:
-    if body.get("error") == _PROTECTED and isinstance(body.get("details"), list):
+    if body.get("error") == _PROTECTED and is_a(HISTORIES, body.get("details")):
         return DatasetsProtected(f"{where}: {_PROTECTED}", details=body["details"])
     if "is protected, cannot patch" in text:
         return RevisionProtected(f"{where}: {text}", status=403)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class SessionState(StrEnum):
@@ -121,3 +122,5 @@ class FileToPost:
     """None where the file is too large to be hashed"""
     version: str | None = None
     """of the software that made it"""
+    more: tuple[tuple[str, Any], ...] = ()
+    """further fields of /register-file that have one value a file, such as qc"""

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import re
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import UUID
 
 from iblutil.util import Bunch, ensure_list
+from one.alf.spec import QC
 
 from regd import files
 from regd.alyx import AlyxClient
@@ -37,11 +40,20 @@ from regd.errors import (
 from regd.logs import get_logger
 from regd.model import Dataset, DatasetPath, FileToPost, Revision, SessionPath, Signature
 from regd.paths import find_session, parse_dataset
+from regd.records import (
+    DATA_FORMAT,
+    DATASET,
+    DATASET_TYPE,
+    FOUND_SESSION,
+    REGISTERED,
+    SESSION,
+)
 from regd.revisions import choose_destination
 from regd.settings import Settings
 
 _CATALOGUE_S = 600.0  # how long Alyx's dataset types and data formats are taken as known
 _DOUBTED_S = 10.0  # how old they may be when they are why a file is refused
+_REFERENCE = re.compile(r"(?P<date>\d{4}-\d{2}-\d{2})_(?P<number>\d{1,3})_(?P<subject>.+)")
 _log = get_logger()
 
 Record = dict[str, Any]
@@ -73,6 +85,7 @@ class RegistrationClient:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.one = one
+        self._owns_alyx = not isinstance(one, AlyxClient)
         if isinstance(one, AlyxClient):
             self.alyx = one
         elif one is None:
@@ -89,6 +102,17 @@ class RegistrationClient:
         self._clock = clock
         self._catalogue_lock = threading.Lock()
         self._catalogue: tuple[float, DatasetTypes, list[str]] | None = None
+
+    def __enter__(self) -> RegistrationClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections, unless they are those of an `AlyxClient` that was given."""
+        if self._owns_alyx:
+            self.alyx.close()
 
     # --- what Alyx can hold ----------------------------------------------------------------------
 
@@ -111,8 +135,9 @@ class RegistrationClient:
         with self._catalogue_lock:
             known = self._catalogue
             if known is None or self._clock() - known[0] > not_older_s:
-                types = DatasetTypes(self.alyx.pages("/dataset-types"))
-                formats = [f["file_extension"] for f in self.alyx.pages("/data-formats")]
+                types = DatasetTypes(self.alyx.pages("/dataset-types", form=DATASET_TYPE))
+                listed = self.alyx.pages("/data-formats", form=DATA_FORMAT)
+                formats = [record["file_extension"] for record in listed]
                 known = self._catalogue = (self._clock(), types, formats)
             return known
 
@@ -231,7 +256,7 @@ class RegistrationClient:
         self,
         ses_path: str | Path,
         users: str | Sequence[str] | None = None,
-        file_list: bool | Sequence[str | Path] = True,
+        file_list: bool | str | Path | Iterable[str | Path] = True,
         **kwargs: Any,
     ) -> tuple[Record, Any]:
         """Create a session on Alyx, or add to one that is there, and register its files.
@@ -239,7 +264,7 @@ class RegistrationClient:
         Args:
             ses_path: The session folder.
             users: The users to attribute it to; whoever is logged in by default.
-            file_list: The files to register; True for all of the folder, False for none.
+            file_list: The file or files to register; True for all of the folder, False for none.
             kwargs: Further fields of the record: location, procedures, n_correct_trials,
                 n_trials, json, projects, type, task_protocol, lab, start_time, end_time. A lab
                 must be that of the path, if the path has one; start_time must be on the path's
@@ -269,7 +294,7 @@ class RegistrationClient:
         if not file_list:
             return record, None
         listed = self.find_files(ses_path) if file_list is True else file_list
-        records = self.register_files(list(listed))
+        records = self.register_files(listed)
         if records:
             record["data_dataset_session_related"] = ensure_list(records)
         return record, records
@@ -309,7 +334,7 @@ class RegistrationClient:
             "date_range": f"{session.date},{session.date}",
             "number": int(session.number),
         }
-        found = self.alyx.pages("/sessions", query)
+        found = self.alyx.pages("/sessions", query, FOUND_SESSION)
         # only this very subject is meant, whatever the server's filter takes for equal
         return [record for record in found if record["subject"] == session.subject]
 
@@ -331,18 +356,20 @@ class RegistrationClient:
             **fields,
         }
         try:
-            return dict(self.alyx.post("/sessions", data))
+            return dict(self.alyx.post("/sessions", data, SESSION))
         except AlyxAway as error:
             if not error.unknown_outcome:
                 raise
             found = self.search_sessions(session)
             if not found:
                 raise
-            return dict(self.alyx.get(f"/sessions/{found[0]['id']}"))
+            return dict(self.alyx.get(f"/sessions/{found[0]['id']}", form=SESSION))
 
     def _update_session(self, eid: str, fields: Mapping[str, Any]) -> Record:
         path = f"/sessions/{eid}"
-        return dict(self.alyx.patch(path, fields) if fields else self.alyx.get(path))
+        if fields:
+            return dict(self.alyx.patch(path, fields, SESSION))
+        return dict(self.alyx.get(path, form=SESSION))
 
     # --- files -----------------------------------------------------------------------------------
 
@@ -479,10 +506,11 @@ class RegistrationClient:
         bodies = []
         for folder, relative in by_session.items():
             _, session = _session_of(folder)
+            once = dict(zip(reversed(relative), reversed(versions_of[folder]), strict=True))
             items = [
-                _look_at(folder, path, version, max_md5_size)
-                for path, version in zip(relative, versions_of[folder], strict=True)
+                _look_at(folder, path, once[path], max_md5_size) for path in dict.fromkeys(relative)
             ]
+            items = _share_out(items, options)
             if dry:
                 bodies.append(registration_body(session, items, checked=True, options=options))
                 continue
@@ -510,24 +538,24 @@ class RegistrationClient:
         free = [item for item in items if not is_protected(histories.get(item.path, []))]
         fixed = [item for item in items if item not in free]
         records: dict[str, Record] = {}
+        if free:  # before anything is moved: one of them may be refused
+            records |= self.post_files(session, free, checked=True, options=options)
         unchanged = self._unchanged(session, fixed)
         moved_from: dict[str, str] = {}
         to_post = []
         for item in fixed:
-            if item.path in unchanged:
-                records[item.path] = unchanged[item.path]
-                continue
             occupied = files.occupied_revisions(folder, item.path)
             target = choose_destination(
                 PurePosixPath(item.path), histories[item.path], self._today(), occupied
             ).as_posix()
+            if target != item.path and item.path in unchanged:
+                records[item.path] = unchanged[item.path]
+                continue
             if target != item.path:
                 files.move(folder, "", item.path, target)
                 _log.info("file.moved", path=item.path, target=target, session=session.folder)
             moved_from[target] = item.path
-            to_post.append(FileToPost(target, item.size, item.md5, item.version))
-        if free:
-            records |= self.post_files(session, free, checked=True, options=options)
+            to_post.append(replace(item, path=target))
         if to_post:
             posted = self.post_files(session, to_post, checked=False, options=options)
             records |= {moved_from[path]: record for path, record in posted.items()}
@@ -556,8 +584,8 @@ class RegistrationClient:
             AlyxAway: With `unknown_outcome` set if some may be registered.
         """
         body = registration_body(session, items, checked=checked, options=options)
-        answer = self.alyx.post("/register-file", body)
-        if not isinstance(answer, list) or len(answer) != len(items):
+        answer = self.alyx.post("/register-file", body, REGISTERED)
+        if len(answer) != len(items):
             raise AlyxAway(
                 f"{self.alyx.base_url}/register-file did not answer with a record for each file",
                 unknown_outcome=True,
@@ -571,18 +599,20 @@ class RegistrationClient:
         found = self.search_sessions(session)
         if not found or not items:
             return {}
-        listed = self.alyx.pages("/datasets", {"session": found[0]["id"]})
+        listed = self.alyx.pages("/datasets", {"session": found[0]["id"]}, DATASET)
         by_place = {read_dataset(record).place: record for record in listed}
         unchanged = {}
         for item in items:
             record = by_place.get(parse_dataset(item.path))
             if record is not None and item.md5 and record["hash"] == item.md5:
-                unchanged[item.path] = _as_registered(record, session, found[0])
+                whole = self.alyx.get(f"/sessions/{found[0]['id']}", form=SESSION)
+                unchanged[item.path] = _as_registered(record, whole)
         return unchanged
 
     def datasets(self, eid: str) -> list[Dataset]:
         """Return all datasets of a session, whether or not they exist in any repository."""
-        return [read_dataset(record) for record in self.alyx.pages("/datasets", {"session": eid})]
+        listed = self.alyx.pages("/datasets", {"session": eid}, DATASET)
+        return [read_dataset(record) for record in listed]
 
     def _creator(self, created_by: str | None) -> dict[str, str]:
         user = created_by or self.alyx.user
@@ -632,6 +662,8 @@ class RegistrationClient:
                 raise InvalidInput(str(error), hint="give it as YYYY-MM-DDThh:mm:ss") from None
         elif date is None:
             date = datetime.datetime.now()
+        elif not isinstance(date, datetime.date):
+            raise InvalidInput(f"{date!r} is no date", hint="give it as YYYY-MM-DDThh:mm:ss")
         elif not isinstance(date, datetime.datetime):
             date = datetime.datetime.combine(date, datetime.time())
         return date.isoformat()
@@ -712,15 +744,20 @@ class RegistrationClient:
         return {"user": name} if name else {}
 
     def to_eid(self, session: Any) -> str:
-        """Return the UUID of a session, given as UUID, URL, record or folder.
+        """Return the UUID of a session.
+
+        Args:
+            session: Its UUID, URL, record, folder, or reference such as '2026-01-31_1_KS005'.
 
         Raises:
             InvalidInput: It is none of those (a ValueError).
             SessionNotFound: Alyx does not know the session folder.
         """
         if isinstance(session, Mapping):
-            session = session.get("id") or session.get("url")
+            session = session.get("id") or session.get("url") or _reference(session)
         text = str(session)
+        if reference := _REFERENCE.fullmatch(text):
+            text = "{subject}/{date}/{number}".format(**reference.groupdict())
         try:
             return str(UUID(text.rstrip("/")[-36:]))
         except ValueError:
@@ -754,6 +791,10 @@ def registration_body(
         "check_protected": checked,
         **({"labs": session.lab} if session.lab else {}),
         **options,
+        **{
+            name: [dict(item.more)[name] for item in items]
+            for name in dict.fromkeys(name for item in items for name, _ in item.more)
+        },
     }
 
 
@@ -784,24 +825,45 @@ def read_dataset(record: Mapping[str, Any]) -> Dataset:
     )
 
 
-def _as_registered(record: Mapping[str, Any], session: SessionPath, found: Record) -> Record:
+def _as_registered(record: Mapping[str, Any], session: Mapping[str, Any]) -> Record:
     """Return a record of `GET /datasets` in the form in which /register-file answers."""
     keys = ("name", "file_size", "created_by", "created_datetime", "dataset_type", "data_format")
     return {
         "id": str(record["url"])[-36:],
-        "subject": session.subject,
-        **{key: record[key] for key in keys},
-        "session": found["id"],
-        "session_number": found["number"],
-        "session_start_time": found["start_time"],
+        "subject": session.get("subject"),
+        **{key: record.get(key) for key in keys},
+        "session": session["id"],
+        "session_number": session.get("number"),
+        "session_users": ",".join(session.get("users", ())),
+        "session_start_time": session.get("start_time"),
         "collection": record["collection"],
         "revision": record["revision"] or "",
-        "default": record["default_dataset"],
+        "default": record.get("default_dataset"),
+        "qc": int(QC.validate(record.get("qc") or 0)),
         "file_records": [
-            {key: entry[key] for key in ("id", "data_repository", "relative_path", "exists")}
-            for entry in record["file_records"]
+            {key: entry.get(key) for key in ("id", "data_repository", "relative_path", "exists")}
+            for entry in record.get("file_records", ())
         ],
     }
+
+
+def _share_out(items: Sequence[FileToPost], options: Mapping[str, Any]) -> list[FileToPost]:
+    """Give each file its own value of the options that are lists of one value a file."""
+    names = [
+        name
+        for name, value in options.items()
+        if isinstance(value, (list, tuple)) and len(value) == len(items)
+    ]
+    return [
+        replace(item, more=tuple((name, options[name][n]) for name in names))
+        for n, item in enumerate(items)
+    ]
+
+
+def _reference(record: Mapping[str, Any]) -> str:
+    """Return the reference of a session given by its subject, number and start time."""
+    day = str(record.get("date") or record.get("start_time"))[:10]
+    return f"{day}_{record.get('number')}_{record.get('subject')}"
 
 
 def _session_of(path: Path) -> tuple[Path, SessionPath]:

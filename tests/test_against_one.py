@@ -436,9 +436,6 @@ def test_register_session_with_files_given(pair: Pair, session: str, given: str)
     compare(pair, action, session)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a single path is taken for a list of paths, or of characters"
-)
 @pytest.mark.parametrize("kind", [str, Path])
 def test_register_session_with_a_single_file(pair: Pair, session: str, kind: Any) -> None:
     write(pair, session, POSITION)
@@ -886,7 +883,6 @@ def test_a_protected_file_that_did_not_change_stays(pair: Pair, session: str, pl
     assert len(pair.regd.posted()) == 1  # and that one was refused
 
 
-@pytest.mark.xfail(strict=True, reason="the record lacks session_users and qc")
 def test_the_record_of_an_unchanged_file_is_like_any_other(pair: Pair, session: str) -> None:
     create(pair, session)
     write(pair, session, POSITION)
@@ -1038,7 +1034,6 @@ def test_todays_revision_with_another_ending_than_one_letter(
     assert ours > ending
 
 
-@pytest.mark.xfail(strict=True, reason="an experiment reference is not taken for a session")
 def test_water_for_a_session_by_its_reference(pair: Pair, session: str) -> None:
     create(pair, session)
     subject, date, number = session.split("/")

@@ -22,7 +22,7 @@ from regd.settings import load
 PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "regd"
 
-PURE = ["model", "errors", "paths", "datasettypes", "settle", "revisions", "retries"]
+PURE = ["model", "records", "errors", "paths", "datasettypes", "settle", "revisions", "retries"]
 # A module may import those before it, never those after it.
 ORDER = [
     *PURE,
@@ -33,7 +33,7 @@ ORDER = [
 HARMLESS = {
     *["__future__", "collections", "collections.abc", "dataclasses", "datetime", "email.utils"],
     *["enum", "fnmatch", "functools", "itertools", "math", "pathlib", "re", "typing"],
-    *["one.alf.exceptions", "one.alf.spec"],
+    *["one.alf.exceptions", "one.alf.spec", "pydantic"],
 }
 # ... but for these names.
 IMPURE_NAMES = {"Path", "open", "print"}

@@ -336,7 +336,6 @@ def test_a_date_that_is_none(date: str) -> None:
         RegistrationClient.ensure_ISO8601(date)
 
 
-@pytest.mark.xfail(strict=True, reason="ends in a TypeError", raises=TypeError)
 @pytest.mark.parametrize("date", [5, 1.5, [], {}])
 def test_a_date_of_another_type(date: Any) -> None:
     with pytest.raises(InvalidInput):
@@ -462,7 +461,6 @@ def test_many_files_go_in_chunks(place: Lab, count: int) -> None:
     assert place.asked().count("POST /register-file") == math.ceil(count / 2)
 
 
-@pytest.mark.xfail(strict=True, reason="a list given for all files goes whole with each chunk")
 def test_a_list_of_qc_keeps_to_its_files_over_chunks(place: Lab) -> None:
     place.create()
     client = place.make(chunk_files=2)
@@ -471,7 +469,6 @@ def test_a_list_of_qc_keeps_to_its_files_over_chunks(place: Lab) -> None:
     assert [record["qc"] for record in records] == [10, 30, 40]
 
 
-@pytest.mark.xfail(strict=True, reason="a list given for all files goes whole with each part")
 def test_a_list_of_qc_keeps_to_its_files_after_a_refusal(place: Lab) -> None:
     place.create()
     file = place.protected(VELOCITY)
@@ -567,7 +564,6 @@ def test_a_mix_of_protected_unchanged_and_new_files(place: Lab) -> None:
     assert versions["alf##_ibl_wheel.timestamps.npy"] == "1"
 
 
-@pytest.mark.xfail(strict=True, reason="moved before the others are posted, and then not posted")
 def test_a_refused_file_leaves_no_protected_one_moved_and_unregistered(place: Lab) -> None:
     place.create()
     changed = place.protected(POSITION)
@@ -579,7 +575,6 @@ def test_a_refused_file_leaves_no_protected_one_moved_and_unregistered(place: La
     assert changed.exists() or moved in place.datasets()
 
 
-@pytest.mark.xfail(strict=True, reason="taken as protected, for the sake of another revision")
 def test_an_open_revision_takes_new_options_though_another_one_is_protected(place: Lab) -> None:
     place.create()
     place.protect(place.client.register_files(place.write(POSITION)[0])["id"])
@@ -596,7 +591,6 @@ def test_a_file_given_twice(place: Lab) -> None:
     assert first["id"] == second["id"]
 
 
-@pytest.mark.xfail(strict=True, reason="moved twice", raises=FileNotFoundError)
 def test_a_protected_file_given_twice(place: Lab) -> None:
     place.create()
     file = place.protected(POSITION)
@@ -690,7 +684,6 @@ def _unnamed(place: Lab, file: Path, method: str, path: str, answer: Any) -> str
     return None
 
 
-@pytest.mark.xfail(strict=True, reason="an answer of an unexpected form ends in a KeyError or such")
 def test_whatever_is_answered_the_error_has_a_name(place: Lab) -> None:
     place.create()
     (file,) = place.write(POSITION)
