@@ -351,12 +351,16 @@ class Journal:
         reason: str | None = None,
         hint: str | None = None,
     ) -> None:
-        """Give a claimed session back in its next state; what came up meanwhile keeps it due."""
+        """Give a claimed session back in its next state; what came up meanwhile keeps it due.
+
+        Not where it is parked: a person is asked once, not with every file that is written.
+        """
         with self._write() as db:
             db.execute(
                 """
                 UPDATE session SET
-                    state = CASE WHEN hinted_at IS NULL THEN :state ELSE 'waiting' END,
+                    state = CASE WHEN hinted_at IS NULL OR :state = 'parked' THEN :state
+                                 ELSE 'waiting' END,
                     due_at = CASE WHEN hinted_at IS NULL THEN :due_at
                                   WHEN :state = 'waiting' THEN min(hinted_at, :due_at)
                                   ELSE hinted_at END,
