@@ -130,7 +130,7 @@ class AlyxClient:
         self.base_url = _checked_url(base_url)
         self.user = username
         self._password = password
-        self._token = token.strip() if token else None  # a file of it ends in a newline
+        self._token = (token or "").strip() or None  # a file of it ends in a newline
         if self._token and not (self._token.isascii() and self._token.isprintable()):
             raise InvalidInput("alyx.token has a character that no token has", hint="correct it")
         self._login_lock = threading.Lock()
@@ -584,7 +584,8 @@ def _checked_url(url: str) -> str:
     if parts.username is not None or parts.password is not None:
         raise InvalidInput("alyx.url must not hold a user name or password", hint=hint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidInput(f"alyx.url {url!r} is not an address of an Alyx server", hint=hint)
+        shown = "" if "@" in url else f" {url!r}"
+        raise InvalidInput(f"alyx.url{shown} is not an address of an Alyx server", hint=hint)
     return url.rstrip("/")
 
 

@@ -150,14 +150,16 @@ class Watcher:
         """
         if self._kind == "polling":
             return
-        one_more = _make_observer(self._kind)
+        one_more: BaseObserver | None = None
         try:
+            one_more = _make_observer(self._kind)
             one_more.schedule(FileSystemEventHandler(), str(self._root), event_filter=_EVENTS)
             one_more.start()
         except OSError as error:
             raise _explain(error, self._root) from None
         finally:
-            one_more.stop()
+            if one_more is not None:
+                one_more.stop()
 
 
 def _make_observer(kind: str) -> BaseObserver:
