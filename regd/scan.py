@@ -163,6 +163,8 @@ class Scanner:
         """Count one session folder and note it if it needs work."""
         try:
             found = list(self._walk(session.folder))
+        except FileNotFoundError:
+            return  # it went away since it was listed
         except OSError as error:
             reason = f"{session.folder}: {error.strerror}"
             result.strays.append((session.folder, reason, "give regd's user the right to read it"))
