@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,8 @@ def walk(folder: Path, ignored: Any = None, prefix: str = "") -> Iterator[Found]
         except OSError:
             if not inner:
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                status = (folder / inner).lstat()
-                yield replace(_found(inner, status), kind="unreadable")
+            # nothing is known of it, so no size and no time are made up
+            yield Found(inner, Signature(0, 0), 0, "unreadable")
             continue
         for entry in entries:
             path = f"{inner}/{entry.name}" if inner else entry.name

@@ -177,7 +177,8 @@ class Scanner:
         if known is None:
             if not flagged and not found:
                 return
-            newest_s = max((f.modified_s for f in found), default=now)
+            readable = [f for f in found if f.kind != "unreadable"]
+            newest_s = max((f.modified_s for f in readable), default=now)
             old = now - newest_s > self.settings.scan.backlog_days * _DAY_S
             if old and not flagged and not everything:
                 result.backlog_sessions += 1
