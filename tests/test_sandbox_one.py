@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture
 def client(sandbox: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RegistrationClient:
+    monkeypatch.setenv("HOME", str(tmp_path))  # ONE makes folders there
     monkeypatch.setattr(one.params.iopar, "getfile", lambda name: str(tmp_path / f".{name}"))
     api = ONE(
         base_url=sandbox.url,
