@@ -143,7 +143,6 @@ def test_letters_of_other_scripts(name: str, pattern: str) -> None:
     assert_same(name, [named("t", pattern)])
 
 
-@pytest.mark.xfail(strict=True, reason="lower() where ONE and Alyx use casefold()")
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [

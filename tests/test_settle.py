@@ -1,6 +1,5 @@
 """When a file is finished; every time is given, nothing waits."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,9 +87,6 @@ def test_a_stamp_that_lags_a_tick_behind_the_close_cancels_nothing() -> None:
     assert still.remaining_s("f", A, 0.75, 1.0) == 1.25
 
 
-@pytest.mark.xfail(
-    strict=True, reason="without stamps, a close counts for whatever is written after it, too"
-)
 def test_a_change_seen_after_the_close_cancels_it_where_stamps_cannot_be_compared() -> None:
     still = fresh()
     still.closed("f", 0.0)

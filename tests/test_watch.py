@@ -4,7 +4,11 @@ import errno
 import logging
 import os
 import queue
+import re
 import shutil
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watchdog.observers.inotify import InotifyObserver
 from watchdog.observers.inotify_c import InotifyFD
 
 from regd import watch
@@ -283,6 +288,36 @@ def test_two_watchers_tell_their_own_queues(root: Path) -> None:
 # --- watches that cannot be had ------------------------------------------------------------------
 
 
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_instance(_: type) -> int:
+    raise OSError(errno.EMFILE, "inotify instance limit reached")
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a Path would hide what is counted
+
+
+def assert_explained(error: NeedsHuman, key: str, root: Path) -> None:
+    """What is wrong is in the reason; what to do about it in the hint, and only there."""
+    assert key in error.reason
+    assert str(root) in error.reason
+    assert "goes on by scanning" in error.reason
+    assert "sysctl" not in error.reason
+    match = re.fullmatch(rf"raise it: sysctl {re.escape(key)}=(\d+)", error.hint)
+    assert match
+    assert int(match[1]) > int(Path("/proc/sys", key.replace(".", "/")).read_text())
+
+
+def assert_no_thread_since(before: set[threading.Thread]) -> None:
+    """No thread but those from before is there, or still is in a moment."""
+    for thread in set(threading.enumerate()) - before:
+        thread.join(WITHIN_S)
+        assert not thread.is_alive()
+
+
 @pytest.mark.parametrize(
     ("code", "key"),
     [
@@ -295,80 +330,171 @@ def test_too_few_watches_are_explained(
 ) -> None:
     watcher = Watcher(root, "inotify", Hints().queue)
 
-    def start() -> None:
+    def start(_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(watcher._observer, "start", start)
+    monkeypatch.setattr(InotifyObserver, "start", start)
+    before = set(threading.enumerate())
     with pytest.raises(NeedsHuman) as caught:
         watcher.start()
-    assert f"sysctl {key}=" in str(caught.value)
-    assert str(root) in str(caught.value)
+    assert_explained(caught.value, key, root)
+    assert_no_thread_since(before)
+    assert not watcher.is_alive()
     assert not any(
         isinstance(f, watch._OverflowFilter)
         for name in watch._WATCHDOG_LOGGERS
         for f in logging.getLogger(name).filters
     )
-    watcher._observer._inotify_fd.stop()  # type: ignore[attr-defined]
 
 
-@pytest.mark.xfail(strict=True, reason="watchdog's reader, started by its constructor, goes on")
-def test_a_watcher_that_could_not_start_leaves_no_thread(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def add_callback(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(InotifyFD, "add_callback", add_callback)
+def test_a_watcher_that_was_not_started(root: Path) -> None:
     before = set(threading.enumerate())
     watcher = Watcher(root, "inotify", Hints().queue)
-    with pytest.raises(NeedsHuman, match="max_user_watches"):
-        watcher.start()
-    left = set(threading.enumerate()) - before
-    if left:
-        watcher._observer._inotify_fd.stop()  # type: ignore[attr-defined]
-    assert not left
+    assert watcher._observer is None
+    assert not watcher.is_alive()
+    watcher.stop()
+    assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="watchdog says nothing of folders below"
-)
-def test_a_folder_below_the_root_that_gets_no_watch_is_told(
+def test_a_watcher_can_be_started_once_it_could_not_be(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = InotifyFD.add_callback
-
-    def add_callback(self: InotifyFD, path: bytes, *more: Any) -> Any:
-        if os.fsdecode(path) != str(root):  # the limit is reached after the first one
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return add(self, path, *more)
-
-    monkeypatch.setattr(InotifyFD, "add_callback", add_callback)
-    watcher = Watcher(root, "inotify", Hints().queue)
-    try:
-        with pytest.raises(NeedsHuman, match="max_user_watches"):
+    hints = Hints()
+    watcher = Watcher(root, "inotify", hints.queue)
+    with monkeypatch.context() as patch:
+        patch.setattr(InotifyFD, "add_callback", no_space)
+        with pytest.raises(NeedsHuman):
             watcher.start()
+    watcher.start()
+    try:
+        assert watcher.is_alive()
+        assert hints.up_to_mark(root) == []
     finally:
         watcher.stop()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="the kernel refuses in the constructor, which lets it out"
-)
-def test_too_many_instances_are_explained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(_: type) -> int:
-        raise OSError(errno.EMFILE, "inotify instance limit reached")
+def test_a_watcher_that_could_not_start_leaves_no_thread(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InotifyFD, "add_callback", no_space)
+    before = set(threading.enumerate())
+    watcher = Watcher(root, "inotify", Hints().queue)
+    with pytest.raises(NeedsHuman) as caught:
+        watcher.start()
+    assert_explained(caught.value, "fs.inotify.max_user_watches", root)
+    assert_no_thread_since(before)
 
-    monkeypatch.setattr(InotifyFD, "_create_inotify_fd", classmethod(create))
-    with pytest.raises(NeedsHuman, match="max_user_instances"):
+
+def test_a_folder_below_the_root_that_gets_no_watch_is_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, granted = InotifyFD.add_callback, []
+
+    def add_callback(self: InotifyFD, path: bytes, *more: Any) -> Any:
+        if granted:  # the limit is reached after the first one
+            raise OSError(errno.ENOSPC, "No space left on device")
+        granted.append(os.fsdecode(path))
+        return add(self, path, *more)
+
+    monkeypatch.setattr(InotifyFD, "add_callback", add_callback)
+    with watching(root) as (watcher, hints):
+        assert granted == [str(root)]  # watchdog has said nothing of the folders below
+        before = set(threading.enumerate())
+        for _ in range(3):
+            with pytest.raises(NeedsHuman) as caught:
+                watcher.check_limit()
+            assert_explained(caught.value, "fs.inotify.max_user_watches", root)
+        assert_no_thread_since(before)
+        assert watcher.is_alive()  # what is watched stays so
+        assert hints.up_to_mark(root) == []
+
+
+UNDER_A_LIMIT = """
+    import queue, sys
+    from pathlib import Path
+    from regd.errors import NeedsHuman
+    from regd.watch import Watcher
+
+    def says() -> str:
+        try:
+            watcher.check_limit()
+        except NeedsHuman as error:
+            return error.hint
+        return "enough"
+
+    limit = Path("/proc/sys/user/max_inotify_watches")
+    limit.write_text("3")
+    watcher = Watcher(Path(sys.argv[1]), "inotify", queue.SimpleQueue())
+    watcher.start()
+    print(says(), flush=True)
+    limit.write_text("100")
+    print(says(), flush=True)
+    watcher.stop()
+"""
+
+
+def test_the_kernels_own_limit(root: Path) -> None:
+    # the limit of a user namespace of its own is nobody else's
+    unshare = ["unshare", "--user", "--map-root-user"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*unshare, "true"], check=False).returncode
+    ):
+        pytest.skip("needs a user namespace, which this machine does not grant")
+    script = [sys.executable, "-c", textwrap.dedent(UNDER_A_LIMIT), str(root)]
+    done = subprocess.run([*unshare, *script], check=True, capture_output=True, text=True)
+    few, enough = done.stdout.splitlines()
+    assert few.startswith("raise it: sysctl fs.inotify.max_user_watches=")
+    assert enough == "enough"
+
+
+def test_enough_watches(root: Path) -> None:
+    with watching(root) as (watcher, hints):
+        before, descriptors = set(threading.enumerate()), open_descriptors()
+        for _ in range(3):
+            watcher.check_limit()
+        assert_no_thread_since(before)
+        deadline = time.monotonic() + WITHIN_S
+        while open_descriptors() > descriptors and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert open_descriptors() == descriptors
+        assert hints.up_to_mark(root) == []
+
+
+def test_a_limit_of_instances_that_is_reached_later(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watching(root) as (watcher, _):
+        monkeypatch.setattr(InotifyFD, "_create_inotify_fd", classmethod(no_instance))
+        with pytest.raises(NeedsHuman) as caught:
+            watcher.check_limit()
+        assert_explained(caught.value, "fs.inotify.max_user_instances", root)
+
+
+def test_polling_knows_no_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InotifyFD, "add_callback", no_space)
+    Watcher(root, "polling", Hints().queue).check_limit()
+
+
+def test_too_many_instances_are_explained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InotifyFD, "_create_inotify_fd", classmethod(no_instance))
+    before = set(threading.enumerate())
+    with pytest.raises(NeedsHuman) as caught:
         Watcher(root, "inotify", Hints().queue).start()
+    assert_explained(caught.value, "fs.inotify.max_user_instances", root)
+    assert_no_thread_since(before)
 
 
 def test_a_root_that_is_gone(root: Path) -> None:
     shutil.rmtree(root)
     watcher = Watcher(root, "inotify", Hints().queue)
-    with pytest.raises(NeedsHuman, match="goes on by scanning"):
+    before = set(threading.enumerate())
+    with pytest.raises(NeedsHuman, match="goes on by scanning") as caught:
         watcher.start()
-    watcher._observer._inotify_fd.stop()  # type: ignore[attr-defined]
+    assert str(root) in caught.value.reason
+    assert "sysctl" not in str(caught.value)
+    assert caught.value.hint
+    assert_no_thread_since(before)
 
 
 # --- without events ------------------------------------------------------------------------------
