@@ -488,16 +488,16 @@ def _server_error(where: str, status: int, text: str) -> Exception:
         return missing_session
     named = _NAMED_FILE.search(text)
     if named:
-        hint = "mend the dataset types on Alyx, or rename the file; then: regd retry"
+        hint = "mend the dataset types on Alyx, or rename the file; then: regd retry --all"
         return FileRefused(f"Alyx: {text}", status=status, name=named[1], hint=hint)
     if re.search(r"(DataFormat|DatasetType) matching query|more than one Data", text):
-        hint = "add the file's extension to Alyx's data formats, once; then: regd retry"
+        hint = "add the file's extension to Alyx's data formats, once; then: regd retry --all"
         return FileRefused(f"Alyx: {text}", status=status, name=None, hint=hint)
     if "LabMember matching query" in text:
         hint = "correct register.created_by, or create that user on Alyx; then: regd retry --all"
         return MemberNotFound(f"{where}: {text}", hint=hint)
     if _PERMANENT.search(text):
-        return AlyxRefused(f"{where}: {text}", status=status, hint="then: regd retry")
+        return AlyxRefused(f"{where}: {text}", status=status, hint="then: regd retry --all")
     return AlyxFault(f"{where} failed on the server ({status}): {text}")
 
 
@@ -525,7 +525,7 @@ def _bad_request(where: str, status: int, text: str) -> Exception:
     if subject:
         return SubjectNotFound(
             f"subject {subject[1]!r} does not exist on Alyx",
-            hint="create the subject on Alyx, or rename its folder; then: regd retry",
+            hint="create the subject on Alyx, or rename its folder; then: regd retry --all",
         )
     missing = re.search(r"Object with \w+=(.+?) does not exist", text)
     if missing or "labs do not exist" in text:
@@ -533,9 +533,12 @@ def _bad_request(where: str, status: int, text: str) -> Exception:
     named = _NAMED_FILE.search(text)
     if named:
         return FileRefused(
-            f"Alyx: {text}", status=status, name=named[1], hint="rename the file; then: regd retry"
+            f"Alyx: {text}",
+            status=status,
+            name=named[1],
+            hint="rename the file; then: regd retry --all",
         )
-    return AlyxRefused(f"{where}: {text}", status=status, hint="correct it; then: regd retry")
+    return AlyxRefused(f"{where}: {text}", status=status, hint="correct it; then: regd retry --all")
 
 
 def _sentence(body: dict[str, Any]) -> str:

@@ -63,12 +63,12 @@ class DatasetTypes:
             raise NoDatasetType(
                 f'No dataset type found for filename "{name}"',
                 hint="rename the file, add its dataset type on Alyx, "
-                "or name it in watch.ignore if it is no dataset; then: regd retry",
+                "or name it in watch.ignore if it is no dataset; then: regd retry --all",
             )
         names = ", ".join(str(self.types[i]["name"]) for i in found)
         raise NoDatasetType(
             f'Multiple matching dataset types found for filename "{name}": {names}',
-            hint="make their filename patterns on Alyx exclude each other; then: regd retry",
+            hint="make their filename patterns on Alyx exclude each other; then: regd retry --all",
         )
 
     def _matches(self, name: str) -> list[int]:

@@ -93,11 +93,16 @@ def walk(folder: Path, ignored: Any = None, prefix: str = "") -> Iterator[Found]
                 yield Found(path, Signature(0, 0), 0, "unreadable")
 
 
+def signature_of(status: os.stat_result) -> Signature:
+    # a time stamp after the year 2262 does not fit into the journal's 64 bits
+    return Signature(status.st_size, min(status.st_mtime_ns, 2**63 - 1))
+
+
 def _found(path: str, status: os.stat_result) -> Found:
     mode = status.st_mode
     kind = "file" if stat.S_ISREG(mode) else "link" if stat.S_ISLNK(mode) else "other"
     touched_ns = max(status.st_mtime_ns, status.st_ctime_ns)
-    return Found(path, Signature(status.st_size, status.st_mtime_ns), touched_ns, kind)
+    return Found(path, signature_of(status), touched_ns, kind)
 
 
 @contextlib.contextmanager
@@ -147,7 +152,7 @@ def signature(root: Path, relative: str) -> Signature | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    return Signature(status.st_size, status.st_mtime_ns)
+    return signature_of(status)
 
 
 class _Stoppable:
@@ -219,7 +224,7 @@ def occupied_revisions(session: Path, relative: str) -> set[str]:
 
 def _check_signature(file: Any, expected: Signature, relative: str) -> None:
     status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != (expected.size, expected.mtime_ns):
+    if signature_of(status) != expected:
         raise FileChanged(f"{relative} was written to meanwhile")
 
 
@@ -254,7 +259,7 @@ def move(root: Path, folder: str, source: str, target: str) -> None:
         except FileExistsError:
             raise PathTaken(
                 f"{folder}/{target} exists already, so {source} was not moved there",
-                hint="compare the two files, keep both, then: regd retry",
+                hint="compare the two files, keep both, then: regd retry --all",
             ) from None
         os.fsync(to_fd)
         os.fsync(from_fd)
@@ -285,7 +290,10 @@ def _link_and_unlink(from_fd: int, name: str, to_fd: int, new_name: str) -> None
             ) from None
         raise
     os.fsync(to_fd)  # the new name is on the disk before the old one goes
-    os.unlink(name, dir_fd=from_fd)
+    old = os.stat(name, dir_fd=from_fd, follow_symlinks=False)
+    if os.path.samestat(old, os.stat(new_name, dir_fd=to_fd, follow_symlinks=False)):
+        os.unlink(name, dir_fd=from_fd)
+    # else somebody has saved another file under the old name meanwhile: it stays
 
 
 def remove_flag(root: Path, folder: str, flag: str) -> bool:

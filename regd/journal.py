@@ -22,6 +22,8 @@ from regd.model import FileState, SessionPath, SessionState, Signature
 from regd.paths import parse_session
 
 SCHEMA_VERSION = 1
+UNKNOWN_OUTCOME_S = 15.0
+"""How long a request whose outcome is unknown may still take to have an effect, in seconds."""
 FILE_NAME = "journal.sqlite"
 
 
@@ -33,6 +35,7 @@ class SessionRow:
     folder: str
     state: SessionState
     flagged: bool
+    asked: bool
     eid: str | None
     doubt: bool
     due_at: float
@@ -64,7 +67,7 @@ class FileRow:
 
 
 _SESSION_COLUMNS = (
-    "id, folder, state, flagged, eid, doubt, due_at, attempt, reason, hint, changed_at"
+    "id, folder, state, flagged, asked, eid, doubt, due_at, attempt, reason, hint, changed_at"
 )
 _FILE_COLUMNS = (
     "path, state, size, mtime_ns, md5, dataset_id, move_to, reason, hint, first_seen_at, changed_at"
@@ -72,8 +75,10 @@ _FILE_COLUMNS = (
 
 
 def _session(row: Sequence[Any]) -> SessionRow:
-    id_, folder, state, flagged, eid, doubt, *rest = row
-    return SessionRow(id_, folder, SessionState(state), bool(flagged), eid, bool(doubt), *rest)
+    id_, folder, state, flagged, asked, eid, doubt, *rest = row
+    return SessionRow(
+        id_, folder, SessionState(state), bool(flagged), bool(asked), eid, bool(doubt), *rest
+    )
 
 
 def _file(row: Sequence[Any]) -> FileRow:
@@ -82,7 +87,10 @@ def _file(row: Sequence[Any]) -> FileRow:
 
 
 # of the states in which a session rests, those that a note wakes it from
-_WAKES = "(state = 'done' OR (state = 'held' AND :flagged) OR (state = 'parked' AND :new_flag))"
+_WAKES = (
+    "(state = 'done' OR (state = 'held' AND (:flagged OR :asked))"
+    " OR (state = 'parked' AND :new_flag))"
+)
 
 
 class Journal:
@@ -268,6 +276,7 @@ class Journal:
         due_at: float,
         flagged: bool = False,
         new_flag: bool = False,
+        asked: bool = False,
         held_until: float | None = None,
     ) -> str | None:
         """Note that a session may need work at `due_at`; make its row if it has none.
@@ -289,16 +298,19 @@ class Journal:
                 return str(row[0])
             db.execute(
                 f"""
-                INSERT INTO session (folder, subject, date, number, flagged, due_at, changed_at)
-                VALUES (:folder, :subject, :date, :number, :flagged, :due_at, :now)
+                INSERT INTO session
+                    (folder, subject, date, number, flagged, asked, due_at, changed_at)
+                VALUES (:folder, :subject, :date, :number, :flagged, :asked, :due_at, :now)
                 ON CONFLICT (folder) DO UPDATE SET
                     flagged    = flagged OR :flagged,
+                    asked      = asked OR :asked,
                     state      = CASE WHEN {_WAKES} THEN 'waiting' ELSE state END,
                     attempt    = CASE WHEN {_WAKES} THEN 0 ELSE attempt END,
                     changed_at = CASE WHEN {_WAKES} THEN :now ELSE changed_at END,
                     due_at     = CASE WHEN {_WAKES} THEN :due_at
                                       WHEN state = 'held' THEN min(due_at, :held_until)
-                                      WHEN state = 'waiting' THEN min(due_at, :due_at)
+                                      WHEN state = 'waiting'
+                                      THEN max(not_before, min(due_at, :due_at))
                                       ELSE due_at END,
                     hinted_at  = CASE WHEN state = 'working'
                                       THEN min(coalesce(hinted_at, :due_at), :due_at) END
@@ -310,6 +322,7 @@ class Journal:
                     "number": number,
                     "flagged": flagged,
                     "new_flag": new_flag,
+                    "asked": asked,
                     "due_at": due_at,
                     "held_until": due_at if held_until is None else held_until,
                     "now": self._now(),
@@ -347,6 +360,7 @@ class Journal:
         state: SessionState,
         *,
         due_at: float = 0.0,
+        not_before: float = 0.0,
         attempt: int = 0,
         reason: str | None = None,
         hint: str | None = None,
@@ -362,9 +376,11 @@ class Journal:
                     state = CASE WHEN hinted_at IS NULL OR :state = 'parked' THEN :state
                                  ELSE 'waiting' END,
                     due_at = CASE WHEN hinted_at IS NULL THEN :due_at
-                                  WHEN :state = 'waiting' THEN min(hinted_at, :due_at)
+                                  WHEN :state = 'waiting'
+                                  THEN max(:not_before, min(hinted_at, :due_at))
                                   ELSE hinted_at END,
-                    hinted_at = NULL, attempt = :attempt, reason = :reason, hint = :hint,
+                    not_before = :not_before, hinted_at = NULL, attempt = :attempt,
+                    reason = :reason, hint = :hint,
                     changed_at = :now
                 WHERE id = :id AND state = 'working'
                 """,
@@ -372,6 +388,7 @@ class Journal:
                     "id": session,
                     "state": state,
                     "due_at": due_at,
+                    "not_before": not_before,
                     "attempt": attempt,
                     "reason": reason,
                     "hint": hint,
@@ -383,9 +400,14 @@ class Journal:
         """Put back what a process that is gone had in work; return how many sessions that were."""
         with self._write() as db:
             return db.execute(
-                "UPDATE session SET state = 'waiting', due_at = ?, doubt = 1"
-                " WHERE state = 'working'",
-                (self._now(),),
+                """
+                UPDATE session SET state = 'waiting', doubt = 1,
+                    -- its creation may be on its way: look only when it must have arrived
+                    not_before = CASE WHEN eid IS NULL THEN :now + :settle_s ELSE 0 END,
+                    due_at = CASE WHEN eid IS NULL THEN :now + :settle_s ELSE :now END
+                WHERE state = 'working'
+                """,
+                {"now": self._now(), "settle_s": UNKNOWN_OUTCOME_S},
             ).rowcount
 
     def identify(self, session: int, eid: str, *, doubt: bool) -> None:
@@ -424,7 +446,8 @@ class Journal:
         with self._write() as db:
             sessions = db.execute(
                 """
-                UPDATE session SET state = 'waiting', due_at = :now, attempt = 0, changed_at = :now
+                UPDATE session SET state = 'waiting', due_at = max(:now, not_before), attempt = 0,
+                    changed_at = :now
                 WHERE (:folder IS NULL OR folder = :folder) AND state <> 'working' AND (
                     state IN ('parked', 'held', 'waiting') OR :folder IS NOT NULL
                     OR id IN (SELECT session_id FROM file WHERE state = 'refused'))
@@ -525,14 +548,18 @@ class Journal:
 
     # --- strays, counts --------------------------------------------------------------------------
 
-    def write_strays(self, scan: int, strays: Iterable[tuple[str, str, str]]) -> None:
-        """Note what lies outside any session: path, reason, hint."""
+    def write_strays(
+        self, scan: int, strays: Sequence[tuple[str, str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Note what lies outside any session (path, reason, hint); return what is new of it."""
         now = self._now()
         with self._write() as db:
+            known = {path for (path,) in db.execute("SELECT path FROM stray")}
             db.executemany(
                 "INSERT OR REPLACE INTO stray VALUES (?, ?, ?, ?, ?)",
                 [(path, reason, hint, scan, now) for path, reason, hint in strays],
             )
+        return [stray for stray in strays if stray[0] not in known]
 
     def drop_strays_before(self, scan: int) -> None:
         """Forget what a whole scan of that number has not seen again."""

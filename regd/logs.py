@@ -39,7 +39,7 @@ _SECRET_KEY = re.compile(r"token|passw|secret|authorization|api_?key|cookie", re
 _SECRET_TEXTS = (
     # Authorization: Token 0123..., "password": "...", token=...
     re.compile(
-        r"""(\b(?:authorization|password|passwd|token|secret)['"]?\s*[:=]\s*['"]?"""
+        r"""((?<![-/])\b(?:authorization|password|passwd|token|secret)['"]?\s*[:=]\s*['"]?"""
         r"""(?:(?:token|bearer|basic)\s+)?)[^\s'",&}\])]+""",
         re.IGNORECASE,
     ),

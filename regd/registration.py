@@ -38,7 +38,7 @@ from regd.errors import (
     SubjectNotFound,
 )
 from regd.logs import get_logger
-from regd.model import Dataset, DatasetPath, FileToPost, Revision, SessionPath, Signature
+from regd.model import Dataset, DatasetPath, FileToPost, Revision, SessionPath
 from regd.paths import find_session, parse_dataset
 from regd.records import (
     DATA_FORMAT,
@@ -169,7 +169,7 @@ class RegistrationClient:
                 if extension not in extensions
                 else f'Several data formats on Alyx have the extension "{extension}"',
                 hint="add the data format on Alyx, "
-                "or name the file in watch.ignore if it is no dataset; then: regd retry",
+                "or name the file in watch.ignore if it is no dataset; then: regd retry --all",
             )
         types.match(place.name)
 
@@ -875,7 +875,7 @@ def _session_of(path: Path) -> tuple[Path, SessionPath]:
 
 def _look_at(folder: Path, path: Path, version: str | None, max_md5_size: int | None) -> FileToPost:
     status = (folder / path).stat()
-    signature = Signature(status.st_size, status.st_mtime_ns)
+    signature = files.signature_of(status)
     hashed = max_md5_size is None or signature.size < max_md5_size
     md5 = files.md5_of(folder / path, signature) if hashed else None
     return FileToPost(path.as_posix(), signature.size, md5, version)

@@ -11,7 +11,8 @@ from pathlib import Path
 from regd import files
 from regd.errors import InvalidPath
 from regd.journal import FileRow, Journal, SessionRow
-from regd.model import SessionPath, SessionState
+from regd.logs import get_logger
+from regd.model import FileState, SessionPath, SessionState
 from regd.paths import (
     SESSION_FORM,
     Ignored,
@@ -23,6 +24,7 @@ from regd.paths import (
 from regd.settings import Settings
 
 _DAY_S = 86400.0
+_log = get_logger()
 
 
 @dataclass(slots=True)
@@ -85,7 +87,8 @@ class Scanner:
             self._look(session, now, result, everything=everything, dry=dry)
         if not dry:
             number = int(self.journal.fact("scan") or 0) + (0 if below else 1)
-            self.journal.write_strays(number, result.strays)
+            for path, reason, hint in self.journal.write_strays(number, result.strays):
+                _log.warning("stray.found", path=path, reason=reason, hint=hint)
             if not below:
                 self.journal.drop_strays_before(number)
                 self.journal.set_fact("scan", number)
@@ -174,13 +177,14 @@ class Scanner:
         result.sessions += 1
         result.files += len(found)
         known = self.journal.known(session.folder)
+        old = False
         if known is None:
             if not flagged and not found:
                 return
             readable = [f for f in found if f.kind != "unreadable"]
             newest_s = max((f.modified_s for f in readable), default=now)
-            old = now - newest_s > self.settings.scan.backlog_days * _DAY_S
-            if old and not flagged and not everything:
+            old = now - newest_s > self.settings.scan.backlog_days * _DAY_S and not flagged
+            if old and not everything:
                 result.backlog_sessions += 1
                 result.backlog_files += len(found)
                 return
@@ -194,6 +198,7 @@ class Scanner:
             due_at=now,
             flagged=flagged,
             new_flag=flagged and not (known and known[0].flagged),
+            asked=old,
             held_until=now + self.settings.scan.every_s,
         )
         if other is None:
@@ -213,8 +218,13 @@ class Scanner:
             return True
         if not self.settings.register.files:
             return False
-        for f in found:
-            old = known.get(f.path if is_utf8(f.path) else printable(f.path))
-            if old is None or old.signature != f.signature:
+        there = {f.path if is_utf8(f.path) else printable(f.path): f.signature for f in found}
+        for path, signature in there.items():
+            old = known.get(path)
+            if old is None or old.signature != signature:
                 return True
-        return False
+        # what was to be registered is gone, or was mended under another name
+        return any(
+            old.state is not FileState.REGISTERED and path not in there
+            for path, old in known.items()
+        )

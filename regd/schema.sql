@@ -9,10 +9,13 @@ CREATE TABLE session (
     state       TEXT    NOT NULL DEFAULT 'waiting'
                 CHECK (state IN ('waiting', 'working', 'done', 'held', 'parked')),
     flagged     INTEGER NOT NULL DEFAULT 0 CHECK (flagged IN (0, 1)),
+    asked       INTEGER NOT NULL DEFAULT 0 CHECK (asked IN (0, 1)),
+                                               -- `regd scan --all` asked for it, as a flag does
     eid         TEXT,                          -- its UUID on Alyx, once known
     doubt       INTEGER NOT NULL DEFAULT 1 CHECK (doubt IN (0, 1)),
                                                -- Alyx may hold datasets of it that `file` does not know
     due_at      REAL    NOT NULL,              -- when it is looked at next, if waiting or held
+    not_before  REAL    NOT NULL DEFAULT 0,    -- ... and never before, whatever happens meanwhile
     hinted_at   REAL,                          -- something happened while it was in work: due then
     attempt     INTEGER NOT NULL DEFAULT 0,    -- failures since the last success
     reason      TEXT,                          -- why it waits, is held or parked

@@ -20,6 +20,7 @@ from regd.errors import (
     DataRootAway,
     InvalidInput,
     InvalidPath,
+    MemberNotFound,
     NeedsHuman,
     RegdError,
     Stopping,
@@ -216,6 +217,7 @@ class Service:
             )
         self._watcher = self._watch()
         workers = self._start_workers()
+        threading.Thread(target=self._greet, name="greet", daemon=True).start()
         try:
             self._loop()
         finally:
@@ -344,6 +346,23 @@ class Service:
             self._tell()
         return True
 
+    def _greet(self) -> None:
+        """Find out at start, not with the first recording, whether Alyx and the settings work."""
+        try:
+            self.client.alyx.get("/data-formats", {"limit": 1})
+            _log.info("alyx.reached", alyx=self.client.alyx.base_url)
+            if self.settings.repository is not None:
+                self.client.assert_exists(self.settings.repository, "data-repository")
+        except Stopping:
+            return
+        except MemberNotFound as error:
+            hint = "correct `repository`, or create it on Alyx"
+            _log.error("repository.unknown", reason=error.reason, hint=hint)
+        except (TryLater, Unauthorized) as error:
+            self.gate.close(error)
+        except RegdError as error:
+            _log.error("alyx.odd", reason=error.reason, hint=error.hint)
+
     def _note_away(self, error: RegdError) -> None:
         """Write the outage down for `regd status`, which may run without the credentials."""
         known = self.journal.fact("away")
@@ -378,10 +397,19 @@ class Service:
     def _loop(self) -> None:
         """Take hints, requests and the time as they come."""
         next_scan_at = self._clock()
+        known_root = _identity(self.root)
         rescan_at = math.inf
         version = -1
         everything = False
         while not self.stop.is_set():
+            if (identity := _identity(self.root)) != known_root:
+                known_root = identity
+                next_scan_at = self._clock()
+                if identity is None:
+                    self.gate.close(DataRootAway(f"the data root {self.root} is gone"))
+                elif self._watcher is not None:  # another folder is there now: watch that
+                    self._watcher.stop()
+                    self._watcher = self._watch()
             if self._watcher is not None and not self._watcher.is_alive():
                 _log.error("watch.died", reason="the watcher ended by itself: a new one is started")
                 self._watcher.stop()
@@ -486,10 +514,21 @@ class Service:
             due_at = now + (0.0 if hint.is_folder else settle.closed_quiet_s)
         else:
             due_at = now + settle.quiet_s
-        self.journal.note(
+        other = self.journal.note(
             session,
             due_at=due_at,
             flagged=is_flag,
             new_flag=is_flag,
             held_until=now + self.settings.scan.every_s,
         )
+        if other is not None:  # the scan says so in the one place where that is said
+            folders.add(session.folder)
+
+
+def _identity(root: Path) -> tuple[int, int] | None:
+    """Return what tells one folder from another of the same name, or None if there is none."""
+    try:
+        status = root.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

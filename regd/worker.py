@@ -10,6 +10,7 @@ import datetime
 import errno
 import os
 import random
+import sqlite3
 import stat
 import threading
 import time
@@ -36,7 +37,7 @@ from regd.errors import (
     TryLater,
     Unauthorized,
 )
-from regd.journal import FileRow, Journal, SessionRow
+from regd.journal import UNKNOWN_OUTCOME_S, FileRow, Journal, SessionRow
 from regd.logs import bound_contextvars, get_logger
 from regd.model import (
     Dataset,
@@ -55,7 +56,6 @@ from regd.settle import Stillness
 
 NOT_ON_ALYX = "Alyx does not know this session, and it has no flag"
 _HELD_LONGEST_S = 6 * 3600.0  # a held session is looked up again after this long at most
-_UNKNOWN_OUTCOME_S = 15.0  # a request given up may still take effect on the server for a while
 _PROBE_FIRST_S, _PROBE_LONGEST_S = 2.0, 60.0  # between two attempts to reach Alyx again
 _FLUSH_S = 2.0  # hashes are written down at least this often
 _log = get_logger()
@@ -111,6 +111,7 @@ class _Next:
     attempt: int = 0
     reason: str | None = None
     hint: str | None = None
+    not_before: float = 0.0
 
 
 @dataclass(slots=True)
@@ -165,6 +166,7 @@ class Worker:
             row.id,
             after.state,
             due_at=after.due_at,
+            not_before=after.not_before,
             attempt=after.attempt,
             reason=after.reason,
             hint=after.hint,
@@ -177,11 +179,16 @@ class Worker:
         except Stopping:
             return _Next(SessionState.WAITING, self.now(), row.attempt, row.reason, row.hint)
         except (AlyxAway, DataRootAway, Unauthorized) as error:
+            unknown = isinstance(error, AlyxAway) and error.unknown_outcome
+            if unknown and self._alyx_works():
+                # it fails on this session alone
+                return self._again(row, TryLater(error.reason, hint=error.hint))
             # an outage: no session's failure, so it counts as no attempt
             self.gate.close(error)
-            unknown = isinstance(error, AlyxAway) and error.unknown_outcome
-            due_at = self.now() + (_UNKNOWN_OUTCOME_S if unknown else 0.0)
-            return _Next(SessionState.WAITING, due_at, row.attempt, error.reason, error.hint)
+            due_at = self.now() + (UNKNOWN_OUTCOME_S if unknown else 0.0)
+            return _Next(
+                SessionState.WAITING, due_at, row.attempt, error.reason, error.hint, due_at
+            )
         except TryLater as error:
             return self._again(row, error)
         except SessionNotFound as error:
@@ -192,6 +199,20 @@ class Worker:
             return self._park(row, error.reason, error.hint)
         except OSError as error:
             return self._again(row, _of_disk(error))
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # a fault in regd: this session's, not everybody's
+            _log.exception("session.failed")
+            reason = f"regd failed on it: {type(error).__name__}: {error}"
+            return self._park(row, reason, "report this to regd's makers; then: regd retry --all")
+
+    def _alyx_works(self) -> bool:
+        """Say whether Alyx answers at all; asked once, without patience."""
+        try:
+            self.client.alyx.ping()
+        except (TryLater, NeedsHuman):
+            return False
+        return True
 
     def _again(self, row: SessionRow, error: TryLater) -> _Next:
         attempt = row.attempt + 1
@@ -200,14 +221,21 @@ class Worker:
             return self._park(row, f"{error.reason} (tried {attempt} times)", error.hint)
         wait_s = backoff_s(attempt, retry.first_s, retry.longest_s, self.chance)
         wait_s = max(wait_s, error.after_s or 0.0)
+        if row.eid is None:  # its creation may have been on its way
+            wait_s = max(wait_s, UNKNOWN_OUTCOME_S)
         _log.warning(
             "session.retried", reason=error.reason, hint=error.hint, wait_s=round(wait_s, 1)
         )
-        return _Next(SessionState.WAITING, self.now() + wait_s, attempt, error.reason, error.hint)
+        due_at = self.now() + wait_s
+        return _Next(
+            SessionState.WAITING, due_at, attempt, error.reason, error.hint, not_before=due_at
+        )
 
     def _park(self, row: SessionRow, reason: str, hint: str) -> _Next:
         _log.error("session.parked", reason=reason, hint=hint)
-        return _Next(SessionState.PARKED, 0.0, row.attempt, reason, hint or "then: regd retry")
+        return _Next(
+            SessionState.PARKED, 0.0, row.attempt, reason, hint or "then: regd retry --all"
+        )
 
     # --- the job ---------------------------------------------------------------------------------
 
@@ -218,7 +246,7 @@ class Worker:
         except FileNotFoundError:
             return self._gone(row)
         if row.eid is None or flagged:  # a flag asks for the session to be there, whatever was
-            found = self._identify(row, session, flagged)
+            found = self._identify(row, session, flagged or row.asked)
             if found is None:
                 return self._hold(row)
             row = found
@@ -255,20 +283,21 @@ class Worker:
                 return False
         if stat.S_ISDIR(flag.st_mode):
             raise NeedsHuman(
-                f"the flag {self.settings.flag} is a folder", hint="remove it, then: regd retry"
+                f"the flag {self.settings.flag} is a folder",
+                hint="remove it, then: regd retry --all",
             )
         return True
 
     # --- create ----------------------------------------------------------------------------------
 
-    def _identify(self, row: SessionRow, session: SessionPath, flagged: bool) -> SessionRow | None:
-        """Find the session on Alyx, or create it if it is flagged; None if it is neither."""
+    def _identify(self, row: SessionRow, session: SessionPath, asked: bool) -> SessionRow | None:
+        """Find the session on Alyx, or create it if that is asked for; None if it is neither."""
         found = self.client.search_sessions(session)
         if len(found) > 1:
             eids = ", ".join(str(record["id"]) for record in found)
             raise NeedsHuman(
                 f"Alyx has {len(found)} sessions {session.alyx_path}: {eids}",
-                hint="delete or renumber all but one on Alyx, then: regd retry",
+                hint="delete or renumber all but one on Alyx, then: regd retry --all",
             )
         if found and found[0]["id"] == row.eid:
             return row
@@ -276,7 +305,7 @@ class Worker:
             self.journal.forget_alyx(row.id)
         if found:
             eid, new = str(found[0]["id"]), False
-        elif flagged:
+        elif asked:
             users = self.settings.register.users
             record = self.client.create_session(session, {"users": users} if users else {})
             eid, new = str(record["id"]), True
@@ -380,7 +409,8 @@ class Worker:
         if old is not None and old.dataset_id and md5 is not None and old.md5 == md5:
             # touched, or written again with the same content: Alyx has it as it is
             return replace(new, state=FileState.REGISTERED, md5=md5)
-        return replace(new, state=FileState.READY, md5=md5)
+        # until it is posted, this content is not what the dataset holds
+        return replace(new, state=FileState.READY, md5=md5, dataset_id=None)
 
     def _is_hashed(self, size: int) -> bool:
         limit = self.settings.register.max_md5_size
@@ -446,7 +476,8 @@ class Worker:
 
     def _register(self, row: SessionRow, session: SessionPath) -> None:
         """Register every ready file, chunk by chunk."""
-        size = self.settings.register.chunk_files
+        # a request that failed may have been too large for a server in between
+        size = max(1, self.settings.register.chunk_files >> row.attempt)
         doubt = row.doubt
         while True:
             if self.stop.is_set():
@@ -473,16 +504,23 @@ class Worker:
         try:
             self._post(row, session, chunk, checked=True)
         except DatasetsProtected as refusal:
-            self._place_and_post(row, session, chunk, read_histories(refusal))
+            return self._place_and_post(row, session, chunk, read_histories(refusal))
         except FileRefused as refusal:
-            bad = [r for r in chunk if refusal.name and _is_named(r, session, refusal.name)]
-            if not bad and len(chunk) > 1:
-                return False
-            self.client.forget_types()
-            refused = [self._refused(r, refusal, None) for r in bad or chunk]
-            self.journal.write_files(row.id, refused)
-            # those before the bad file are registered, those after it are not
-            self._compare(row, [r for r in chunk if r not in bad])
+            return self._refuse(row, session, chunk, refusal)
+        return True
+
+    def _refuse(
+        self, row: SessionRow, session: SessionPath, chunk: list[FileRow], refusal: FileRefused
+    ) -> bool:
+        """Refuse the file that Alyx named; False if it named none of several."""
+        bad = [r for r in chunk if refusal.name and _is_named(r, session, refusal.name)]
+        if not bad and len(chunk) > 1:
+            return False
+        bad = bad or chunk
+        self.client.forget_types()
+        self.journal.write_files(row.id, [self._refused(r, refusal, None) for r in bad])
+        # those before the bad file are registered, those after it are not
+        self._compare(row, [r for r in chunk if r not in bad])
         return True
 
     def _unwritten(self, row: SessionRow, chunk: list[FileRow]) -> list[FileRow]:
@@ -523,10 +561,11 @@ class Worker:
         session: SessionPath,
         chunk: Sequence[FileRow],
         histories: dict[str, list[Revision]],
-    ) -> None:
+    ) -> bool:
         """Move protected files to where Alyx takes them, and register them there.
 
-        The unprotected ones of the chunk stay ready for the next request.
+        The unprotected ones of the chunk stay ready for the next request. False if Alyx refused
+        one of several without saying which.
         """
         protected = [r for r in chunk if is_protected(histories.get(r.path, []))]
         placed = []
@@ -543,19 +582,24 @@ class Worker:
                     intent = replace(r, state=FileState.PLACING, move_to=target)
                     self.journal.write_files(row.id, [intent])
                     self.journal.durable()  # after a power cut the file is looked for at both ends
-                    r = self._move(row, intent)
+                    moved = self._move(row, intent)
+                    placed += [moved] if moved else []
+                else:
+                    placed.append(r)
             except NeedsHuman as error:
                 self.journal.write_files(row.id, [self._refused(r, error, None)])
-            else:
-                placed.append(r)
         if not placed:
-            return
+            return True
         try:
             self._post(row, session, placed, checked=False)
         except RevisionProtected as error:
             raise AlyxFault(error.reason, after_s=1.0) from None
+        except FileRefused as refusal:
+            return self._refuse(row, session, placed, refusal)
+        return True
 
-    def _move(self, row: SessionRow, intent: FileRow) -> FileRow:
+    def _move(self, row: SessionRow, intent: FileRow) -> FileRow | None:
+        """Do a move that the journal has; None if the disk does not let the file be moved."""
         assert intent.move_to is not None
         try:
             files.move(self.root, row.folder, intent.path, intent.move_to)
@@ -563,6 +607,13 @@ class Worker:
             back = replace(intent, state=FileState.READY, move_to=None)
             self.journal.write_files(row.id, [back])
             raise TryLater(error.reason, hint=error.hint) from None
+        except (NeedsHuman, OSError) as error:
+            if files.signature(self.root, f"{row.folder}/{intent.path}") != intent.signature:
+                raise  # it may be at the other end: the next attempt finds it
+            why = error if isinstance(error, NeedsHuman) else _of_disk(error)
+            kept = replace(intent, move_to=None)
+            self.journal.write_files(row.id, [self._refused(kept, why, None)])
+            return None
         return self._moved(row, intent)
 
     def _moved(self, row: SessionRow, intent: FileRow) -> FileRow:
@@ -584,7 +635,7 @@ class Worker:
         except OSError as error:
             raise NeedsHuman(
                 f"the flag {row.folder}/{self.settings.flag} cannot be removed: {error.strerror}",
-                hint="give regd's user the right to write in that folder, then: regd retry",
+                hint="give regd's user the right to write in that folder, then: regd retry --all",
             ) from None
         self.journal.unflagged(row.id)
         if removed:
@@ -655,4 +706,4 @@ def _of_disk(error: OSError) -> TryLater:
     }
     where = printable(os.fsdecode(error.filename)) if error.filename else "the disk"
     hint = hints.get(error.errno or 0, "check the disk")
-    return TryLater(f"{where}: {error.strerror or error}", hint=f"{hint}; then: regd retry")
+    return TryLater(f"{where}: {error.strerror or error}", hint=f"{hint}; then: regd retry --all")
