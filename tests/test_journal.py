@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from regd.errors import InvalidInput, NeedsHuman
-from regd.journal import FILE_NAME, SCHEMA_VERSION, FileRow, Journal
+from regd.journal import FILE_NAME, SCHEMA_VERSION, UNKNOWN_OUTCOME_S, FileRow, Journal
 from regd.model import FileState, SessionPath, SessionState, Signature
 from regd.paths import parse_session
 
@@ -335,6 +335,7 @@ class Expected:
     due_at: float
     flagged: bool
     hinted_at: float | None = None
+    not_before: float = 0.0
 
 
 class JournalMachine(RuleBasedStateMachine):
@@ -384,7 +385,7 @@ class JournalMachine(RuleBasedStateMachine):
             case SessionState.WORKING:
                 old.hinted_at = min(old.hinted_at or due_at, due_at)
             case SessionState.WAITING:
-                old.due_at = min(old.due_at, due_at)
+                old.due_at = max(old.not_before, min(old.due_at, due_at))
             case SessionState.HELD if not flagged:
                 old.due_at = min(old.due_at, held_until)
             case SessionState.PARKED if not new_flag:
@@ -436,6 +437,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.journal.release(row.id, state, due_at=due_at, attempt=attempt, reason="r")
         old = self.model[folder]
         hinted_at, old.hinted_at = old.hinted_at, None
+        old.not_before = 0.0
         if hinted_at is None:
             old.state, old.due_at = state, due_at
         elif state is PARKED:
@@ -456,7 +458,7 @@ class JournalMachine(RuleBasedStateMachine):
         ]
         assert count == len(changed)
         for expected in changed:
-            expected.state, expected.due_at = WAITING, self.clock.now
+            expected.state, expected.due_at = WAITING, max(self.clock.now, expected.not_before)
 
     @rule()
     @precondition(lambda self: self.is_any(WORKING))
@@ -464,7 +466,9 @@ class JournalMachine(RuleBasedStateMachine):
         working = [e for e in self.model.values() if e.state is WORKING]
         assert self.journal.recover() == len(working)
         for expected in working:
-            expected.state, expected.due_at = WAITING, self.clock.now
+            # none is known to be on Alyx: what was asked of it may be on its way
+            expected.not_before = self.clock.now + UNKNOWN_OUTCOME_S
+            expected.state, expected.due_at = WAITING, expected.not_before
 
     @invariant()
     def the_journal_is_as_the_rules_say(self) -> None:
