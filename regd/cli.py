@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from regd import __version__
@@ -135,22 +136,24 @@ def scan(
         bool, typer.Option("--dry-run", help="Only say what would be done.")
     ] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Take old sessions, too, that nobody has flagged.")
+        bool, typer.Option("--all", help="Register old sessions, too, that nobody has flagged.")
     ] = False,
 ) -> None:
     """Go through the data folder once and register what is there.
 
-    Waits for files that are still being written. Ends with status 0 when nothing is left, and with
-    1 when something needs a person: `regd status` says what.
+    Waits for files that are still being written. The exit status is 0 when nothing is left, 1 when
+    something is left or needs a person (`regd status` says what), 2 when it could not run.
     """
     from regd.logs import configure
     from regd.service import AlreadyRunning, Service, lock, progress
-    from regd.status import needs_human
+    from regd.status import is_running, needs_human
 
-    settings = _daemon_settings(config)
+    settings = _load(config).settings
     if dry_run:
         _show_dry_run(settings, everything)
         return
+    if not is_running(settings.state_dir):  # a daemon has what is needed to reach Alyx
+        settings = _daemon_settings(config)
     if out.is_terminal:
         configure("error", settings.log.format)  # the bar says the rest
     stop = threading.Event()
@@ -209,10 +212,14 @@ def _bar() -> Iterator[Any]:
 
 def _show_dry_run(settings: Settings, everything: bool) -> None:
     """Print what a scan would take on, without a daemon's lock and without writing anything."""
+    from regd.errors import InvalidInput
     from regd.paths import Ignored
     from regd.scan import Scanner
 
-    assert settings.data_root is not None
+    if settings.data_root is None or not settings.data_root.is_dir():
+        raise InvalidInput(
+            f"data_root {settings.data_root or ''} is no folder", hint="set it in the settings file"
+        )
     ignored = Ignored(settings.watch.ignore)
     with _scratch_or_real_journal(settings) as journal:
         scanner = Scanner(
@@ -220,13 +227,14 @@ def _show_dry_run(settings: Settings, everything: bool) -> None:
         )
         result = scanner.scan(time.time(), everything=everything, dry=True)
     for folder in result.noted:
-        out.print(f"would look at  {escape(folder)}", soft_wrap=True)
+        out.print(f"has work       {escape(folder)}", soft_wrap=True)
     for _, reason, hint in result.strays:
         out.print(f"needs a person {escape(reason)}: {escape(hint)}", soft_wrap=True)
     out.print(
         f"{result.sessions} sessions with {result.files} files seen; "
-        f"{len(result.noted)} would be looked at; "
-        f"{result.backlog_sessions} old ones left alone (--all takes them)"
+        f"{len(result.noted)} have work; "
+        f"{result.backlog_sessions} old ones left alone (--all takes them)",
+        soft_wrap=True,
     )
 
 
@@ -254,7 +262,8 @@ def _show_scan(journal: Journal, people: int, sessions_left: int) -> None:
 
     sessions, in_files = journal.counts()
     registered = in_files[FileState.REGISTERED]
-    done = f"{sum(sessions.values())} sessions known, {registered} files registered"
+    known = _count(sum(sessions.values()), "session")
+    done = f"{known} known, {_count(registered, 'file')} registered"
     backlog = journal.fact("backlog") or {"sessions": 0}
     if backlog["sessions"]:
         done += f", {backlog['sessions']} old sessions left alone (regd scan --all takes them)"
@@ -318,11 +327,20 @@ def _show_status(facts: Report) -> None:
         *((s["path"], s["reason"], s["hint"]) for s in facts["strays"]),
     ]
     if problems:
-        _show_table("Needs a person", ("what", "why", "what to do"), problems, "yellow")
+        _show_problems(problems)
     elif not any(facts["sessions"].values()):
         out.print("nothing seen yet")
     else:
         out.print("[green]nothing needs a person[/green]")
+
+
+def _show_problems(problems: list[tuple[Any, ...]]) -> None:
+    """Print what a person has to mend: what it is on a line of its own, to be copied."""
+    out.print("\n[bold yellow]Needs a person[/bold yellow]")
+    for what, why, do in problems:
+        out.print(f"[bold]{escape(what)}[/bold]", soft_wrap=True)
+        for label, text in (("why", why), ("do", do)):
+            out.print(Padding(f"{label:4}{escape(str(text))}", (0, 0, 0, 2)))
 
 
 def _show_sessions(title: str, sessions: list[Report]) -> None:
@@ -377,13 +395,16 @@ def retry(
 
 
 def _folder_of(session: str, settings: Settings) -> str:
-    """Return a session's folder below the data root, given as such or as a path on this disk."""
+    """Return a session's folder below the data root, of it or a file in it, here or on the disk."""
+    from regd.paths import session_depth
+
     path = Path(session)
     if path.is_absolute() and settings.data_root is not None:
         root = settings.data_root.resolve()
         if path.resolve().is_relative_to(root):
-            return path.resolve().relative_to(root).as_posix()
-    return session.strip("/")
+            path = path.resolve().relative_to(root)
+    parts = path.parts
+    return "/".join(parts[: session_depth(parts)])
 
 
 # --- config, sandbox, demo -----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +39,10 @@ def report(settings: Settings, journal: Journal) -> Report:
     strays = [
         {"path": path, "reason": reason, "hint": hint} for path, reason, hint in journal.strays()
     ]
+    if settings.data_root is not None and settings.data_root.is_dir():
+        # mended since the last scan
+        refused = [f for f in refused if _is_there(settings, f"{f['session']}/{f['path']}")]
+        strays = [s for s in strays if _is_there(settings, s["path"])]
     parked = _sessions(journal, SessionState.PARKED)
     running = is_running(settings.state_dir)
     return {
@@ -53,8 +58,13 @@ def report(settings: Settings, journal: Journal) -> Report:
         "refused": refused,
         "strays": strays,
         "backlog": journal.fact("backlog") or {"sessions": 0, "files": 0},
-        "needs_human": needs_human(journal),
+        "needs_human": len(parked) + len(refused) + len(strays),
     }
+
+
+def _is_there(settings: Settings, path: str) -> bool:
+    # a name that is shown escaped cannot be looked up
+    return "\\" in path or os.path.lexists(f"{settings.data_root}/{path}")
 
 
 def needs_human(journal: Journal) -> int:

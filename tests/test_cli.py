@@ -84,7 +84,7 @@ def test_scan_says_what_it_did_and_what_is_left(rig: Rig, config: Path) -> None:
     done = regd(rig, "scan", "-c", config)
     assert (done.returncode, done.stdout.strip()) == (
         0,
-        f"1 sessions known, {len(DATASETS)} files registered",
+        f"1 session known, {len(DATASETS)} files registered",
     )
     write(folder / "alf" / "no.such.npy", b"x")
     left = regd(rig, "scan", "-c", config)

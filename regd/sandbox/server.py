@@ -212,8 +212,12 @@ def _announce(server: Server, db: str) -> None:
     lines = [
         f"Alyx sandbox at {server.url} (database: {db})",
         "It is for trials and tests. It is not a database to keep data in.",
-        "Users, each with the password to log in with:",
-        *(f"  {name}  {password}" for name, password in server.passwords.items()),
+        *(
+            ["Users, each with the password to log in with:"]
+            + [f"  {name}  {password}" for name, password in server.passwords.items()]
+            if server.passwords
+            else ["Its users are those of that database, with the passwords they had."]
+        ),
         "Stop it with Ctrl-C.",
     ]
     sys.stdout.write("\n".join(lines) + "\n\n")
