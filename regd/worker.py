@@ -394,7 +394,7 @@ class Worker:
             self.client.check_name(found.path)
             full = f"{row.folder}/{found.path}"
             if self._remaining_s(full, found) > 0:
-                return self._still_settling(new)
+                return self._still_settling(new, old)
             md5 = None
             if self._is_hashed(found.signature.size):
                 md5 = files.md5(self.root, full, found.signature, self.stop)
@@ -421,12 +421,15 @@ class Worker:
             _log.warning("file.refused", path=new.path, reason=error.reason, hint=error.hint)
         return replace(new, state=FileState.REFUSED, reason=error.reason, hint=error.hint)
 
-    def _still_settling(self, new: FileRow) -> FileRow:
+    def _still_settling(self, new: FileRow, old: FileRow | None) -> FileRow:
         waited_s = self.now() - new.first_seen_at
         if waited_s < self.settings.settle.max_wait_s:
             return new
-        reason = f"still being written after {waited_s / 3600:.0f} h"
-        return replace(new, reason=reason, hint="is a program still writing to it?")
+        reason = f"still being written after {waited_s / 3600:.1f} h"
+        hint = "is a program still writing to it? It is registered when it stands still"
+        if old is None or old.hint != hint:
+            _log.warning("file.unfinished", path=new.path, reason=reason, hint=hint)
+        return replace(new, reason=reason, hint=hint)
 
     def _remaining_s(self, full: str, found: files.Found) -> float:
         untouched_s = self.now() - found.touched_ns / 1e9

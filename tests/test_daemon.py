@@ -118,6 +118,30 @@ def test_a_growing_file_is_not_registered_until_it_stands_still(rig: Rig) -> Non
     assert_on_alyx(rig, folder)
 
 
+def test_a_file_that_grows_for_too_long_is_reported_and_not_registered(
+    rig_with: type[Rig], tmp_path: Path, lab: Lab
+) -> None:
+    settle = {"quiet_s": 0.6, "closed_quiet_s": 0.1, "max_wait_s": 0.8}
+    rig = rig_with(tmp_path, lab, settle=settle)
+    folder = rig.record()
+    path = folder / "alf" / "_ibl_wheel.velocity.npy"
+    with rig.running() as service, path.open("wb") as file:
+
+        def reported() -> bool:
+            file.write(b"x" * 1000)
+            file.flush()
+            return bool(report(rig.settings, service.journal)["unfinished"])
+
+        until(reported)
+        (entry,) = report(rig.settings, service.journal)["unfinished"]
+        assert entry["path"] == "alf/_ibl_wheel.velocity.npy"
+        assert "still being written" in entry["reason"]
+        assert "alf/_ibl_wheel.velocity.npy" not in rig.held()
+        file.close()
+        until(lambda: "alf/_ibl_wheel.velocity.npy" in rig.held())
+        assert report(rig.settings, service.journal)["unfinished"] == []
+
+
 def test_a_protected_file_moves_to_a_revision_and_causes_no_more_work(rig: Rig) -> None:
     folder = rig.record()
     rig.scan().close()
