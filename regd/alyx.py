@@ -33,6 +33,7 @@ from regd.errors import (
     SubjectNotFound,
     Unauthorized,
 )
+from regd.logs import get_logger
 from regd.records import HISTORIES, RECORD, is_a
 from regd.retries import backoff_s, retry_after_s
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from regd.settings import Settings
 
+_log = get_logger()
 Params = Mapping[str, Any] | list[tuple[str, str]]
 
 _PAGE = 1000  # Alyx's own maximum
@@ -321,7 +323,14 @@ class AlyxClient:
             )
             return max(asked_s or 0.0, jittered_s)
 
+        def tell(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            wait_s = round(state.upcoming_sleep, 2)
+            # at debug: an outage is told once, by whoever finds that it is one
+            _log.debug("request.retried", reason=str(error), wait_s=wait_s)
+
         retrying = Retrying(
+            before_sleep=tell,
             sleep=self._sleep,
             stop=stop_after_attempt(_BLIP_ATTEMPTS),
             wait=wait_s,

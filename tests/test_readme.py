@@ -24,7 +24,7 @@ def test_settings_table() -> None:
 
 def test_events_table() -> None:
     """Every event that the daemon's code can log is in the table, and nothing else."""
-    daemon = [ROOT / "regd" / f"{m}.py" for m in ("service", "worker", "scan")]
+    daemon = [ROOT / "regd" / f"{m}.py" for m in ("service", "worker", "scan", "alyx")]
     code = "\n".join(path.read_text() for path in daemon)
     logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
     for kind in ("alyx", "root"):
