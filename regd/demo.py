@@ -74,7 +74,7 @@ def run(folder: Path, console: Console, *, remove_after: bool = False) -> None:
         DemoFailed: Something did not come about, or not in time; the folder is left to look at.
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; everything has been stopped.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     remove(folder)
     folder.mkdir(parents=True)

@@ -85,8 +85,9 @@ def test_a_session_whose_creation_is_on_its_way_is_not_created_again(rig: Rig) -
             with httpx.HTTPTransport() as network:
                 network.handle_request(again).read()
 
-        late.append(threading.Timer(3.0, arrive))
-        late[0].start()
+        timer = threading.Timer(3.0, arrive)
+        timer.start()
+        late.append(timer)  # only now: the test waits for it, and asks whether it is alive
         return httpx.Response(504)
 
     between, slow_client = client(rig, slow)
