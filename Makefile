@@ -6,13 +6,15 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean test lint clean
+.PHONY: help demo demo-clean test chaos lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        see regd register a recording, with a stand-in for Alyx; keeps ./demo"
 	@echo "make demo-clean  remove ./demo"
 	@echo "make test        ruff, mypy and pytest"
+	@echo "make chaos       the tests of crashes, faults and bad input at full length; N=1000 sets how"
+	@echo "                 often each random part runs, SEED=1 what is random, PART=crashes which"
 	@echo "make lint        ruff and mypy alone"
 	@echo "make clean       remove ./demo, the virtual environment and caches"
 	@echo
@@ -31,6 +33,13 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/pytest
+
+N    ?= 1000
+SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+PART ?= *
+
+chaos: $(READY)
+	$(BIN)/pytest tests/chaos/test_$(PART).py --times=$(N) --hypothesis-seed=$(SEED) -v
 
 clean:
 	@if [ -d demo ] && [ -x $(BIN)/regd ]; then $(BIN)/regd demo --clean; fi

@@ -4,9 +4,18 @@ from pathlib import Path
 import pytest
 
 from regd.sandbox.server import Server
+from tests import chaos
 from tests.rig import Lab, Rig, real_lab
 
 INITIAL = Path(__file__).parent / "contract" / "initial.json"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", type=int, help="how often each random part of tests/chaos runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chaos.TIMES = config.getoption("--times")
 
 
 @pytest.fixture
