@@ -12,10 +12,10 @@ BIN    := $(VENV)/bin
 help:
 	@echo "make demo        see regd register a recording, with a stand-in for Alyx; keeps ./demo"
 	@echo "make demo-clean  remove ./demo"
-	@echo "make test        ruff, mypy and pytest"
+	@echo "make test        ruff, mypy, bandit and pytest"
 	@echo "make chaos       the tests of crashes, faults and bad input at full length; N=1000 sets how"
 	@echo "                 often each random part runs, SEED=1 what is random, PART=crashes which"
-	@echo "make lint        ruff and mypy alone"
+	@echo "make lint        ruff, mypy and bandit alone"
 	@echo "make clean       remove ./demo, the virtual environment and caches"
 	@echo
 	@echo "Each sets up what it needs in $(VENV). PYTHON=python3.12 names another Python (3.11 or newer)."
@@ -30,6 +30,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r regd
 
 test: lint
 	$(BIN)/pytest
