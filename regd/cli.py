@@ -322,8 +322,11 @@ def _show_status(facts: Report) -> None:
     _show_sessions("Waiting", facts["waiting"])
     _show_sessions("Held: files of sessions that Alyx does not know", facts["held"])
     if facts["unfinished"]:
-        rows = [(f"{f['session']}/{f['path']}", f["reason"]) for f in facts["unfinished"]]
-        _show_table("Written to for very long", ("file", "since"), rows)
+        rows = [
+            (f"{f['session']}/{f['path']}", f"{f['reason']} - {f['hint']}")
+            for f in facts["unfinished"]
+        ]
+        _show_table("Files that wait for long, or for the disk", ("file", "why"), rows)
     problems = [
         *((s["session"], s["reason"], s["hint"]) for s in facts["parked"]),
         *((f"{f['session']}/{f['path']}", f["reason"], f["hint"]) for f in facts["refused"]),

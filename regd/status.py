@@ -31,8 +31,9 @@ def report(settings: Settings, journal: Journal) -> Report:
     Returns:
         A dict that JSON can hold: ``data_root``, ``daemon``, ``alyx``, ``sessions`` and ``files``
         (how many are in each state), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
-        ``refused``, ``unfinished`` (files; the latter are written to for very long), ``strays``,
-        ``backlog``, ``needs_human`` (how many things a person has to mend).
+        ``refused``, ``unfinished`` (files; the latter are written to for very long, or the disk
+        fails on them), ``strays``, ``backlog``, ``needs_human`` (how many things a person has to
+        mend).
     """
     sessions, in_files = journal.counts()
     refused = list(_grouped(journal.files_in(FileState.REFUSED)))
@@ -43,8 +44,8 @@ def report(settings: Settings, journal: Journal) -> Report:
         # mended since the last scan
         refused = [f for f in refused if _is_there(settings, f"{f['session']}/{f['path']}")]
         strays = [s for s in strays if _is_there(settings, s["path"])]
-    settling = journal.files_in(FileState.SETTLING)
-    unfinished = list(_grouped([(folder, row) for folder, row in settling if row.hint]))
+    queued = journal.files_in(FileState.SETTLING, FileState.READY, FileState.PLACING)
+    unfinished = list(_grouped([(folder, row) for folder, row in queued if row.hint]))
     parked = _sessions(journal, SessionState.PARKED)
     running = is_running(settings.state_dir)
     return {

@@ -114,6 +114,10 @@ class _Next:
     not_before: float = 0.0
 
 
+_Blocked = dict[str, TryLater]
+"""What keeps a file from being registered in this attempt of its session, by the file's path."""
+
+
 @dataclass(slots=True)
 class Worker:
     """Does the jobs of sessions; several may share everything but the thread.
@@ -218,7 +222,10 @@ class Worker:
         attempt = row.attempt + 1
         retry = self.settings.retry
         if attempt >= retry.attempts:
-            return self._park(row, f"{error.reason} (tried {attempt} times)", error.hint)
+            hint = error.hint
+            if "regd retry" not in hint:
+                hint = f"{hint}; then: regd retry --all" if hint else ""
+            return self._park(row, f"{error.reason} (tried {attempt} times)", hint)
         wait_s = backoff_s(attempt, retry.first_s, retry.longest_s, self.chance)
         wait_s = max(wait_s, error.after_s or 0.0)
         if row.eid is None:  # its creation may have been on its way
@@ -250,15 +257,18 @@ class Worker:
             if found is None:
                 return self._hold(row)
             row = found
+        blocked: _Blocked = {}
         with bound_contextvars(eid=row.eid):
             wait_s = None
             if self.settings.register.files:
-                wait_s = self._collect(row)
-                self._register(row, session)
-                if row.doubt and wait_s is None:
+                wait_s = self._collect(row, blocked)
+                self._register(row, session, blocked)
+                if row.doubt and wait_s is None and not blocked:
                     self.journal.set_doubt(row.id, False)  # every file has been compared
             if flagged:
                 self._unflag(row)
+        for error in blocked.values():  # all beside those files is done
+            raise error
         if wait_s is None:
             return _Next(SessionState.DONE)
         return _Next(SessionState.WAITING, self.now() + wait_s, reason="files are being written")
@@ -340,14 +350,16 @@ class Worker:
             if found.path != flag:
                 yield found
 
-    def _collect(self, row: SessionRow) -> float | None:
+    def _collect(self, row: SessionRow, blocked: _Blocked) -> float | None:
         """Bring the journal up to date with the session's folder, hashing what has settled.
 
         Returns:
             The seconds until the next file may have settled, or None if none is being written.
         """
-        self._finish_moves(row)
+        self._finish_moves(row, blocked)
         known = self.journal.files(row.id)
+        # a move that the disk has not let end yet: neither end of it is a new file
+        moving = {end for r in known.values() if r.move_to for end in (r.path, r.move_to)}
         seen: set[str] = set()
         rows: list[FileRow] = []
         wait_s: float | None = None
@@ -356,11 +368,13 @@ class Worker:
             key = found.path if is_utf8(found.path) else printable(found.path)
             seen.add(key)
             old = known.get(key)
-            if old is not None and _is_settled_row(old) and old.signature == found.signature:
+            if key in moving or (
+                old is not None and _is_settled_row(old) and old.signature == found.signature
+            ):
                 continue
-            looked = self._look(row, key, found, old)
+            looked = self._look(row, key, found, old, blocked)
             rows.append(looked)
-            if looked.state is FileState.SETTLING:
+            if looked.state is FileState.SETTLING and key not in blocked:
                 remaining_s = self._remaining_s(f"{row.folder}/{found.path}", found)
                 wait_s = min(wait_s if wait_s is not None else remaining_s, remaining_s)
             if self.clock() - flushed_at > _FLUSH_S:
@@ -370,14 +384,21 @@ class Worker:
             path
             for path, old in known.items()
             # what was registered stays known: the rig may be cleared, a mount may come back
-            if path not in seen and old.state is not FileState.REGISTERED
+            if path not in seen and path not in moving and old.state is not FileState.REGISTERED
         ]
         for path in gone:
             _log.info("file.vanished", path=path)
         self.journal.write_files(row.id, rows, gone)
         return wait_s
 
-    def _look(self, row: SessionRow, key: str, found: files.Found, old: FileRow | None) -> FileRow:
+    def _look(
+        self,
+        row: SessionRow,
+        key: str,
+        found: files.Found,
+        old: FileRow | None,
+        blocked: _Blocked,
+    ) -> FileRow:
         """Return the row of a file that is new or changed."""
         new = FileRow(
             key,
@@ -403,7 +424,7 @@ class Worker:
         except FileChanged:
             return new
         except OSError as error:
-            return self._refused(new, _of_disk(error), old)
+            return _block(new, _of_disk(error, key, "read"), blocked)
         with self.stillness_lock:
             self.stillness.forget(full)
         if old is not None and old.dataset_id and md5 is not None and old.md5 == md5:
@@ -416,7 +437,7 @@ class Worker:
         limit = self.settings.register.max_md5_size
         return limit is None or size < limit
 
-    def _refused(self, new: FileRow, error: NeedsHuman | TryLater, old: FileRow | None) -> FileRow:
+    def _refused(self, new: FileRow, error: NeedsHuman, old: FileRow | None) -> FileRow:
         if old is None or old.reason != error.reason:
             _log.warning("file.refused", path=new.path, reason=error.reason, hint=error.hint)
         return replace(new, state=FileState.REFUSED, reason=error.reason, hint=error.hint)
@@ -442,21 +463,25 @@ class Worker:
                 self.clock(),
             )
 
-    def _finish_moves(self, row: SessionRow) -> None:
-        """Bring to an end every move that a crash interrupted; a file is found at either end."""
+    def _finish_moves(self, row: SessionRow, blocked: _Blocked) -> None:
+        """Bring to an end every move that was interrupted; a file is found at either end."""
         for old in self.journal.files(row.id).values():
             if old.state is not FileState.PLACING or old.move_to is None:
                 continue
-            source = files.signature(self.root, f"{row.folder}/{old.path}")
-            target = files.signature(self.root, f"{row.folder}/{old.move_to}")
-            if target == old.signature:
-                files.drop_second_name(self.root, row.folder, old.path, old.move_to)
-                self._moved(row, old)
-            elif source == old.signature and target is None:
-                self._move(row, old)
-            else:
-                # changed meanwhile, or the name was taken: look at it afresh
-                self.journal.write_files(row.id, [], [old.path])
+            try:
+                source = files.signature(self.root, f"{row.folder}/{old.path}")
+                target = files.signature(self.root, f"{row.folder}/{old.move_to}")
+                if target == old.signature:
+                    files.drop_second_name(self.root, row.folder, old.path, old.move_to)
+                    self._moved(row, old)
+                elif source == old.signature and target is None:
+                    self._move(row, old, blocked)
+                else:
+                    # changed meanwhile, or the name was taken: look at it afresh
+                    self.journal.write_files(row.id, [], [old.path])
+            except OSError as error:
+                kept = _block(old, _of_disk(error, old.path, "write"), blocked)
+                self.journal.write_files(row.id, [kept])
 
     # --- compare ---------------------------------------------------------------------------------
 
@@ -465,7 +490,7 @@ class Worker:
         assert row.eid is not None
         held = {dataset.place: dataset for dataset in self.client.datasets(row.eid)}
         known = [
-            replace(r, state=FileState.REGISTERED, dataset_id=dataset.id)
+            replace(r, state=FileState.REGISTERED, dataset_id=dataset.id, reason=None, hint=None)
             for r in rows
             if (dataset := held.get(parse_dataset(r.path))) is not None and _same(r, dataset)
         ]
@@ -477,7 +502,7 @@ class Worker:
 
     # --- place and post --------------------------------------------------------------------------
 
-    def _register(self, row: SessionRow, session: SessionPath) -> None:
+    def _register(self, row: SessionRow, session: SessionPath, blocked: _Blocked) -> None:
         """Register every ready file, chunk by chunk."""
         # a request that failed may have been too large for a server in between
         size = max(1, self.settings.register.chunk_files >> row.attempt)
@@ -485,29 +510,35 @@ class Worker:
         while True:
             if self.stop.is_set():
                 raise Stopping("stopped between two requests")
-            ready = [r for r in self.journal.files(row.id).values() if r.state is FileState.READY]
+            ready = [
+                r
+                for r in self.journal.files(row.id).values()
+                if r.state is FileState.READY and r.path not in blocked
+            ]
             if ready and doubt:
                 ready = self._compare(row, ready)
                 doubt = False
             if not ready:
                 break
             try:
-                if not self._post_chunk(row, session, ready[:size]):
+                if not self._post_chunk(row, session, ready[:size], blocked):
                     size = max(1, size // 2)
                     doubt = True
             except (AlyxAway, AlyxFault):
                 self.journal.set_doubt(row.id, True)
                 raise
 
-    def _post_chunk(self, row: SessionRow, session: SessionPath, chunk: list[FileRow]) -> bool:
+    def _post_chunk(
+        self, row: SessionRow, session: SessionPath, chunk: list[FileRow], blocked: _Blocked
+    ) -> bool:
         """Register some ready files; False if Alyx refused one without saying which."""
-        chunk = self._unwritten(row, chunk)
+        chunk = self._unwritten(row, chunk, blocked)
         if not chunk:
             return True
         try:
             self._post(row, session, chunk, checked=True)
         except DatasetsProtected as refusal:
-            return self._place_and_post(row, session, chunk, read_histories(refusal))
+            return self._place_and_post(row, session, chunk, read_histories(refusal), blocked)
         except FileRefused as refusal:
             return self._refuse(row, session, chunk, refusal)
         return True
@@ -526,11 +557,17 @@ class Worker:
         self._compare(row, [r for r in chunk if r not in bad])
         return True
 
-    def _unwritten(self, row: SessionRow, chunk: list[FileRow]) -> list[FileRow]:
+    def _unwritten(self, row: SessionRow, chunk: list[FileRow], blocked: _Blocked) -> list[FileRow]:
         """Return the files that are still what was hashed; the others settle again."""
         same = []
         for r in chunk:
-            if files.signature(self.root, f"{row.folder}/{r.path}") == r.signature:
+            try:
+                found = files.signature(self.root, f"{row.folder}/{r.path}")
+            except OSError as error:
+                kept = _block(r, _of_disk(error, r.path, "read"), blocked)
+                self.journal.write_files(row.id, [kept])
+                continue
+            if found == r.signature:
                 same.append(r)
             else:
                 self.journal.write_files(row.id, [replace(r, state=FileState.SETTLING)])
@@ -551,7 +588,13 @@ class Worker:
         items = [FileToPost(r.path, r.signature.size, r.md5, register.versions) for r in rows]
         records = self.client.post_files(session, items, checked=checked, options=options)
         done = [
-            replace(r, state=FileState.REGISTERED, dataset_id=str(records[r.path]["id"]))
+            replace(
+                r,
+                state=FileState.REGISTERED,
+                dataset_id=str(records[r.path]["id"]),
+                reason=None,
+                hint=None,
+            )
             for r in rows
         ]
         self.journal.write_files(row.id, done)
@@ -564,6 +607,7 @@ class Worker:
         session: SessionPath,
         chunk: Sequence[FileRow],
         histories: dict[str, list[Revision]],
+        blocked: _Blocked,
     ) -> bool:
         """Move protected files to where Alyx takes them, and register them there.
 
@@ -585,12 +629,15 @@ class Worker:
                     intent = replace(r, state=FileState.PLACING, move_to=target)
                     self.journal.write_files(row.id, [intent])
                     self.journal.durable()  # after a power cut the file is looked for at both ends
-                    moved = self._move(row, intent)
+                    moved = self._move(row, intent, blocked)
                     placed += [moved] if moved else []
                 else:
                     placed.append(r)
             except NeedsHuman as error:
                 self.journal.write_files(row.id, [self._refused(r, error, None)])
+            except OSError as error:
+                kept = _block(r, _of_disk(error, r.path, "write"), blocked)
+                self.journal.write_files(row.id, [kept])
         if not placed:
             return True
         try:
@@ -601,28 +648,34 @@ class Worker:
             return self._refuse(row, session, placed, refusal)
         return True
 
-    def _move(self, row: SessionRow, intent: FileRow) -> FileRow | None:
-        """Do a move that the journal has; None if the disk does not let the file be moved."""
+    def _move(self, row: SessionRow, intent: FileRow, blocked: _Blocked) -> FileRow | None:
+        """Do a move that the journal has; None if the file could not be moved."""
         assert intent.move_to is not None
         try:
             files.move(self.root, row.folder, intent.path, intent.move_to)
         except PathTaken as error:
-            back = replace(intent, state=FileState.READY, move_to=None)
-            self.journal.write_files(row.id, [back])
-            raise TryLater(error.reason, hint=error.hint) from None
-        except (NeedsHuman, OSError) as error:
-            if files.signature(self.root, f"{row.folder}/{intent.path}") != intent.signature:
-                raise  # it may be at the other end: the next attempt finds it
-            why = error if isinstance(error, NeedsHuman) else _of_disk(error)
-            kept = replace(intent, move_to=None)
-            self.journal.write_files(row.id, [self._refused(kept, why, None)])
-            return None
-        return self._moved(row, intent)
+            taken = TryLater(error.reason, hint=error.hint)
+            kept = _block(replace(intent, state=FileState.READY, move_to=None), taken, blocked)
+        except NeedsHuman as error:
+            kept = self._refused(replace(intent, move_to=None), error, None)
+        except OSError as error:
+            # the intent stays: the file may be at either end, or at both
+            kept = _block(intent, _of_disk(error, intent.path, "write"), blocked)
+        else:
+            return self._moved(row, intent)
+        self.journal.write_files(row.id, [kept])
+        return None
 
     def _moved(self, row: SessionRow, intent: FileRow) -> FileRow:
         assert intent.move_to is not None
         new = replace(
-            intent, path=intent.move_to, state=FileState.READY, move_to=None, dataset_id=None
+            intent,
+            path=intent.move_to,
+            state=FileState.READY,
+            move_to=None,
+            dataset_id=None,
+            reason=None,
+            hint=None,
         )
         self.journal.write_files(row.id, [new], [intent.path])
         _log.info("file.moved", path=intent.path, target=new.path)
@@ -636,10 +689,7 @@ class Worker:
         try:
             removed = files.remove_flag(self.root, row.folder, self.settings.flag)
         except OSError as error:
-            raise NeedsHuman(
-                f"the flag {row.folder}/{self.settings.flag} cannot be removed: {error.strerror}",
-                hint="give regd's user the right to write in that folder, then: regd retry --all",
-            ) from None
+            raise _of_disk(error, f"the flag {self.settings.flag} cannot be removed") from None
         self.journal.unflagged(row.id)
         if removed:
             _log.info("flag.removed", path=self.settings.flag)
@@ -695,18 +745,25 @@ def _is_named(row: FileRow, session: SessionPath, name: str) -> bool:
     )
 
 
-def _of_disk(error: OSError) -> TryLater:
-    """Return what a failure of the disk means, and what to do about it."""
+def _block(row: FileRow, error: TryLater, blocked: _Blocked) -> FileRow:
+    """Return a file as it waits for the next attempt of its session, and note what it waits for."""
+    blocked[row.path] = error
+    return replace(row, reason=error.reason, hint=error.hint)
+
+
+def _of_disk(error: OSError, what: str = "", doing: str = "read") -> TryLater:
+    """Return what a failure of the disk to `doing` ('read', 'write') means, and what to do."""
     hints = {
-        errno.EACCES: "give regd's user the right to read it",
-        errno.EPERM: "give regd's user the right to",
-        errno.ENOSPC: "free some space",
-        errno.EDQUOT: "free some space",
-        errno.EROFS: "mount it for writing",
-        errno.EIO: "check the disk: it fails to read",
+        errno.EACCES: f"give regd's user the right to {doing} there",
+        errno.EPERM: f"give regd's user the right to {doing} there",
+        errno.ENOSPC: "free some space on the disk of data_root",
+        errno.EDQUOT: "raise the quota of regd's user on data_root, or free some space",
+        errno.EROFS: "mount data_root for writing",
+        errno.EIO: "check the disk of data_root: it fails",
+        errno.ESTALE: "mount data_root again: its server lost it",
         errno.ELOOP: "a folder was replaced by a link; put the folder back",
         errno.ENOTDIR: "a folder was replaced by something else; put it back",
     }
     where = printable(os.fsdecode(error.filename)) if error.filename else "the disk"
-    hint = hints.get(error.errno or 0, "check the disk")
-    return TryLater(f"{where}: {error.strerror or error}", hint=f"{hint}; then: regd retry --all")
+    hint = hints.get(error.errno or 0, "check the disk of data_root")
+    return TryLater(f"{what or where}: {error.strerror or error}", hint=hint)

@@ -132,12 +132,17 @@ def test_a_move_that_the_disk_refuses_blocks_only_its_file(rig: Rig) -> None:
     (folder / "create_me.flag").touch()
     with rig.scan() as journal:
         (row,) = journal.sessions()
-        assert row.state is SessionState.DONE
-        refused = {r.path: r.hint for _, r in journal.files_in(FileState.REFUSED)}
-    assert FILE in refused
+        assert row.state is SessionState.WAITING
+        assert row.hint == "a folder was replaced by something else; put it back"
+        (file,) = (r for _, r in journal.files_in(FileState.PLACING))
+        assert (file.path, file.hint) == (FILE, row.hint)
     assert (folder / FILE).read_bytes() == b"recomputed"
     assert "alf/probe01/spikes.times.npy" in rig.held()
     assert not (folder / "create_me.flag").exists()
+    (folder / "alf" / f"#{datetime.date.today()}#").unlink()
+    with rig.running():  # by itself
+        until(lambda: f"alf/#{datetime.date.today()}#/{FILE.removeprefix('alf/')}" in rig.held())
+    assert not (folder / FILE).exists()
 
 
 def test_a_time_stamp_of_another_age_stops_nobody(rig: Rig) -> None:
