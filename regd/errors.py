@@ -81,6 +81,10 @@ class FileChanged(TryLater):
     """A file was written to while regd was reading or moving it; it has to settle again."""
 
 
+class FileHeld(FileChanged):
+    """A program has a file open for writing, so that it is not finished however still it is."""
+
+
 # --- a person mends it ---------------------------------------------------------------------------
 
 

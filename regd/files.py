@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
+import operator
 import os
+import signal
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from regd.errors import FileChanged, NeedsHuman, PathTaken, Stopping
+from regd.errors import FileChanged, FileHeld, NeedsHuman, PathTaken, Stopping
 from regd.model import Signature
 from regd.paths import parse_dataset
 
@@ -27,6 +31,9 @@ _RENAME_NOREPLACE = 1
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
+# The f_type (statfs(2)) of NFS and of the three clients for Windows shares.
+_REMOTE = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,19 +178,82 @@ class _Stoppable:
         return self._file.readinto(buffer)
 
 
+def is_open_for_writing(file: FileIO) -> bool | None:
+    """Say whether a program has a file open for writing, or mapped so; None if nobody can tell.
+
+    The kernel grants a read lease only where nobody can write, to the file's owner or with
+    CAP_LEASE. It is given back at once: a program that opens the file for writing in between waits
+    that long, a microsecond. See "Leases" in fcntl(2).
+
+    Args:
+        file: Open for reading only.
+    """
+    number = file.fileno()
+    # Who opens the file in that microsecond has the kernel signal this process, by default with
+    # SIGIO, which would end it; SIGURG is ignored. Giving the lease back undoes this setting.
+    fcntl.fcntl(number, fcntl.F_SETSIG, signal.SIGURG)
+    lease = partial(_libc_with_gil.fcntl, number, fcntl.F_SETLEASE)
+    steps: tuple[Callable[[], int], ...] = (
+        partial(lease, fcntl.F_RDLCK),
+        ctypes.get_errno,
+        partial(lease, fcntl.F_UNLCK),
+    )
+    # one C call that keeps the GIL: no other thread gets a turn while the lease is held
+    taken, code, _ = tuple(map(operator.call, steps))
+    if taken == 0:
+        return False
+    if code != errno.EAGAIN or _is_remote(number):
+        return None
+    return True
+
+
+def _is_remote(number: int) -> bool:
+    """Say whether a file is on a network drive that refuses a lease for reasons of its own."""
+    status = ctypes.create_string_buffer(512)
+    if _libc.fstatfs(number, status) != 0:
+        return True
+    return ctypes.c_ulong.from_buffer(status).value in _REMOTE
+
+
+@contextlib.contextmanager
+def open_finished(root: Path, relative: str, expected: Signature) -> Iterator[FileIO]:
+    """Open a file for reading that nobody writes to, neither now nor when it is closed.
+
+    Raises:
+        FileChanged: It is not `expected`, now or at the end, or was touched or replaced meanwhile.
+        FileHeld: A program has it open for writing, now or at the end.
+        OSError: It cannot be read.
+    """
+    try:
+        with open_file(root, relative) as file:
+            before = _check_finished(file, expected, relative)
+            yield file
+            after = _check_finished(file, expected, relative)
+            # no tool can set this one back: written to, replaced, moved or deleted
+            if before.st_ctime_ns != after.st_ctime_ns:
+                raise FileChanged(f"{relative} was written to meanwhile")
+    except BlockingIOError:  # a file server holds a lease of its own for a client that writes
+        raise FileHeld(f"{relative} is open for writing") from None
+
+
+def _check_finished(file: FileIO, expected: Signature, relative: str) -> os.stat_result:
+    # in this order: what was written before the last writer closed it shows in the signature
+    if is_open_for_writing(file):
+        raise FileHeld(f"{relative} is open for writing")
+    return _check_signature(file, expected, relative)
+
+
 def md5(root: Path, relative: str, expected: Signature, stop: threading.Event) -> str:
-    """Return the MD5 of a file, 32 hexadecimal digits, as Alyx keeps it.
+    """Return the MD5 of a finished file, 32 hexadecimal digits, as Alyx keeps it.
 
     Raises:
         FileChanged: It was not `expected` before or after it was read.
+        FileHeld: A program has it open for writing, before or after it was read.
         OSError: It cannot be read.
         Stopping: `stop` was set.
     """
-    with open_file(root, relative) as file:
-        _check_signature(file, expected, relative)
-        digest = _digest(_Stoppable(file, stop))
-        _check_signature(file, expected, relative)
-    return digest
+    with open_finished(root, relative, expected) as file:
+        return _digest(_Stoppable(file, stop))
 
 
 def md5_of(path: Path, expected: Signature) -> str:
@@ -222,10 +292,11 @@ def occupied_revisions(session: Path, relative: str) -> set[str]:
     }
 
 
-def _check_signature(file: Any, expected: Signature, relative: str) -> None:
+def _check_signature(file: Any, expected: Signature, relative: str) -> os.stat_result:
     status = os.fstat(file.fileno())
     if signature_of(status) != expected:
         raise FileChanged(f"{relative} was written to meanwhile")
+    return status
 
 
 def move(root: Path, folder: str, source: str, target: str) -> None:

@@ -301,7 +301,8 @@ class SettleSettings(_Section):
         description="The same, in seconds, for a file seen closed by the program that wrote it.",
     )
     max_wait_s: Annotated[Seconds, Field(gt=0)] = Field(
-        default=86400, description="Seconds after which a file that still grows is reported."
+        default=86400,
+        description="Seconds after which a file that still grows, or is held open, is reported.",
     )
 
 

@@ -2,7 +2,8 @@
 
 A file is settled when its size and modification time have stood still for `quiet_s`. A writer that
 closed it shortens the wait to `closed_quiet_s`. A file that nobody has touched for that long
-already, by its own time stamps, needs no waiting at all.
+already, by its own time stamps, needs no waiting at all. One that a program was found to have open
+for writing is not finished, however still: it is looked at again when closed, or `quiet_s` later.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from regd.model import Signature
 
 _STAMP_SLACK_S = 0.5  # a file system's clock may lag the kernel's by a timer tick or more
+_HELD_LEAST_S = 1.0  # between two looks at a file held open, even where `quiet_s` is 0
 
 
 @dataclass(slots=True)
@@ -35,10 +37,16 @@ class Stillness:
     closed_quiet_s: float
     _sights: dict[str, _Sight] = field(default_factory=dict)
     _closed: dict[str, float] = field(default_factory=dict)
+    _held: dict[str, float] = field(default_factory=dict)
 
     def closed(self, path: str, now: float) -> None:
         """Note that a writer closed `path`, or moved it into place."""
         self._closed[path] = now
+        self._held.pop(path, None)
+
+    def held(self, path: str, now: float) -> None:
+        """Note that a program was found to have `path` open for writing."""
+        self._held[path] = now
 
     def remaining_s(
         self, path: str, signature: Signature, untouched_s: float | None, now: float
@@ -68,6 +76,9 @@ class Stillness:
                 del self._closed[path]  # somebody wrote to it after that
             else:
                 needed_s = min(needed_s, self.closed_quiet_s)
+        if (held_at := self._held.get(path)) is not None:
+            again_s = held_at + max(self.quiet_s, _HELD_LEAST_S) - now
+            return max(0.0, again_s, needed_s - still_s)
         return max(0.0, needed_s - still_s)
 
     def expire(self, now: float) -> None:
@@ -75,8 +86,9 @@ class Stillness:
         oldest = now - 100 * max(self.quiet_s, 1.0)
         self._sights = {p: s for p, s in self._sights.items() if s.since > oldest}
         self._closed = {p: at for p, at in self._closed.items() if at > oldest}
+        self._held = {p: at for p, at in self._held.items() if at > oldest}
 
     def forget(self, path: str) -> None:
         """Drop what is remembered of a file that is finished or gone."""
-        self._sights.pop(path, None)
-        self._closed.pop(path, None)
+        for known in (self._sights, self._closed, self._held):
+            known.pop(path, None)

@@ -26,6 +26,7 @@ from regd.errors import (
     DataRootAway,
     DatasetsProtected,
     FileChanged,
+    FileHeld,
     FileRefused,
     InvalidPath,
     NeedsHuman,
@@ -419,10 +420,17 @@ class Worker:
             md5 = None
             if self._is_hashed(found.signature.size):
                 md5 = files.md5(self.root, full, found.signature, self.stop)
+            else:
+                with files.open_finished(self.root, full, found.signature):
+                    pass
         except (InvalidPath, NoDatasetType) as error:
             return self._refused(new, error, old)
+        except FileHeld:
+            with self.stillness_lock:
+                self.stillness.held(full, self.clock())
+            return self._still_settling(new, old, held=True)
         except FileChanged:
-            return new
+            return self._still_settling(new, old)
         except OSError as error:
             return _block(new, _of_disk(error, key, "read"), blocked)
         with self.stillness_lock:
@@ -442,13 +450,17 @@ class Worker:
             _log.warning("file.refused", path=new.path, reason=error.reason, hint=error.hint)
         return replace(new, state=FileState.REFUSED, reason=error.reason, hint=error.hint)
 
-    def _still_settling(self, new: FileRow, old: FileRow | None) -> FileRow:
+    def _still_settling(self, new: FileRow, old: FileRow | None, *, held: bool = False) -> FileRow:
         waited_s = self.now() - new.first_seen_at
         if waited_s < self.settings.settle.max_wait_s:
             return new
-        reason = f"still being written after {waited_s / 3600:.1f} h"
-        hint = "is a program still writing to it? It is registered when it stands still"
-        if old is None or old.hint != hint:
+        if held:
+            reason = f"a program still has it open for writing after {waited_s / 3600:.1f} h"
+            hint = "close it there (lsof shows by which program): then it is registered"
+        else:
+            reason = f"still being written after {waited_s / 3600:.1f} h"
+            hint = "is a program still writing to it? It is registered when it stands still"
+        if old is None or old.state is not FileState.SETTLING or old.hint is None:
             _log.warning("file.unfinished", path=new.path, reason=reason, hint=hint)
         return replace(new, reason=reason, hint=hint)
 

@@ -2,13 +2,20 @@
 
 import ctypes
 import errno
+import fcntl
 import hashlib
+import mmap
 import os
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +26,7 @@ from hypothesis import strategies as st
 from iblutil.io import hashfile
 
 from regd import files
-from regd.errors import FileChanged, InvalidPath, NeedsHuman, PathTaken, Stopping
+from regd.errors import FileChanged, FileHeld, InvalidPath, NeedsHuman, PathTaken, Stopping
 from regd.model import Signature
 
 SESSION = "ZM_1085/2020-01-01/001"
@@ -347,11 +354,155 @@ def test_md5_sees_a_change_before_during_and_after(tmp_path: Path) -> None:
     assert files.md5(tmp_path, "a", now, stop) == hashlib.md5(b"two").hexdigest()
 
 
-def test_md5_of_a_file_replaced_meanwhile_is_that_of_the_one_expected(tmp_path: Path) -> None:
+def test_md5_notices_a_file_of_the_same_size_and_time_that_took_its_place(tmp_path: Path) -> None:
     path = put(tmp_path, "a", b"one")
     new = put(tmp_path, "b", b"new")
+    old = signature_of(path)
+    os.utime(new, ns=(old.mtime_ns, old.mtime_ns))
     stop: Any = WritesOnce(lambda: new.replace(path))
-    assert files.md5(tmp_path, "a", signature_of(path), stop) == hashlib.md5(b"one").hexdigest()
+    with pytest.raises(FileChanged):
+        files.md5(tmp_path, "a", old, stop)
+    assert signature_of(path) == old
+
+
+def test_md5_notices_a_change_whose_time_was_set_back(tmp_path: Path) -> None:
+    path = put(tmp_path, "a", b"one")
+    old = signature_of(path)
+
+    def unnoticed() -> None:
+        path.write_bytes(b"two")
+        os.utime(path, ns=(old.mtime_ns, old.mtime_ns))
+
+    stop: Any = WritesOnce(unnoticed)
+    with pytest.raises(FileChanged):
+        files.md5(tmp_path, "a", old, stop)
+    assert signature_of(path) == old
+
+
+# --- is_open_for_writing -------------------------------------------------------------------------
+
+
+def held(path: Path) -> bool | None:
+    with FileIO(path) as file:
+        return files.is_open_for_writing(file)
+
+
+@pytest.mark.parametrize("mode", ["ab", "r+b"])
+def test_a_file_is_open_for_writing_until_its_last_writer_closed_it(
+    tmp_path: Path, mode: str
+) -> None:
+    path = put(tmp_path, "a")
+    with path.open("rb"):
+        assert held(path) is False
+        with path.open(mode), path.open(mode) as second:
+            assert held(path) is True
+        assert second.closed
+    assert held(path) is False
+
+
+@pytest.mark.parametrize("folder", [None, "/dev/shm"])  # ext4 and tmpfs differ in how they map
+def test_a_shared_mapping_is_an_open_writer_even_without_a_descriptor(
+    tmp_path: Path, folder: str | None
+) -> None:
+    with tempfile.TemporaryDirectory(dir=folder or tmp_path) as place:
+        path = put(Path(place), "a", bytes(4096))
+        with path.open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 4096)
+        assert held(path) is True
+        mapped.close()
+        assert held(path) is False
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_COPY):
+            assert held(path) is False
+
+
+def test_nobody_can_tell_of_what_is_no_regular_file(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    with FileIO(reader) as file:
+        assert files.is_open_for_writing(file) is None
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS]
+)
+def test_a_kernel_that_does_not_say_is_believed_neither_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuses(*_: int) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(files, "_libc_with_gil", SimpleNamespace(fcntl=refuses))
+    path = put(tmp_path, "a", b"one")
+    with path.open("ab"):
+        assert held(path) is None
+        # stillness alone decides then
+        assert (
+            files.md5(tmp_path, "a", signature_of(path), NEVER) == hashlib.md5(b"one").hexdigest()
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(0x6969, None), (0xFF534D42, None), (0xFE534D42, None), (0xEF53, True)]
+)
+def test_a_network_drive_that_grants_no_lease_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, said: bool | None
+) -> None:
+    def fstatfs(_: int, buffer: Any) -> int:
+        ctypes.c_ulong.from_buffer(buffer).value = kind
+        return 0
+
+    monkeypatch.setattr(files, "_libc", SimpleNamespace(fstatfs=fstatfs))
+    path = put(tmp_path, "a")
+    with path.open("ab"):
+        assert held(path) is said
+
+
+def test_a_file_held_open_is_not_hashed(tmp_path: Path) -> None:
+    path = put(tmp_path, "a", b"one")
+    with path.open("ab"), pytest.raises(FileHeld):
+        files.md5(tmp_path, "a", signature_of(path), NEVER)
+
+    writers = []
+    stop: Any = WritesOnce(lambda: writers.append(path.open("ab")))
+    with pytest.raises(FileHeld):
+        files.md5(tmp_path, "a", signature_of(path), stop)
+    writers[0].close()
+
+
+def test_a_file_that_a_server_has_leased_to_a_client_is_held(tmp_path: Path) -> None:
+    path = put(tmp_path, "a", b"one")
+    with path.open("r+b") as server:
+        fcntl.fcntl(server, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(server, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # as Samba's kernel oplocks
+        with pytest.raises(FileHeld):
+            files.md5(tmp_path, "a", signature_of(path), NEVER)
+
+
+def test_who_opens_a_file_while_it_is_asked_about_is_hardly_delayed_and_ends_nobody(
+    tmp_path: Path,
+) -> None:
+    """Asks in a process of its own, where SIGIO would be the end of it."""
+    path = put(tmp_path, "a")
+    asks = (
+        "from io import FileIO; from regd import files; file = FileIO({!r})\n"
+        "print('go', flush=True)\n"
+        "while True: files.is_open_for_writing(file)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", asks.format(str(path))], stdout=subprocess.PIPE
+    ) as asker:
+        assert asker.stdout is not None
+        asker.stdout.readline()
+        longest_s = 0.0
+        for _ in range(20_000):
+            started_at = time.monotonic()
+            os.close(os.open(path, os.O_WRONLY))
+            longest_s = max(longest_s, time.monotonic() - started_at)
+        alive = asker.poll() is None
+        asker.kill()
+    assert alive
+    assert longest_s < 2.0  # the kernel would take a lease that is not given back after 45 s
 
 
 def test_md5_stops(tmp_path: Path) -> None:

@@ -104,6 +104,33 @@ def test_forget() -> None:
     assert still.remaining_s("f", A, None, 100.0) == 30.0
 
 
+def test_a_file_held_open_is_asked_about_again_after_quiet_s_or_when_it_is_closed() -> None:
+    still = fresh()
+    assert still.remaining_s("f", A, 3600.0, 0.0) == 0.0
+    still.held("f", 0.0)
+    assert still.remaining_s("f", A, 3600.0, 0.0) == 30.0
+    assert still.remaining_s("f", A, 3620.0, 20.0) == 10.0
+    assert still.remaining_s("f", A, 3630.0, 30.0) == 0.0
+    still.held("f", 30.0)
+    still.closed("f", 31.0)
+    assert still.remaining_s("f", A, 3631.0, 31.0) == 0.0  # it had not been written to for long
+
+
+def test_a_file_held_open_and_written_to_waits_for_both() -> None:
+    still = fresh()
+    still.held("f", 0.0)
+    assert still.remaining_s("f", B, 0.0, 10.0) == 30.0
+    still.held("g", 0.0)
+    still.forget("g")
+    assert still.remaining_s("g", A, 3600.0, 0.0) == 0.0
+
+
+def test_a_file_held_open_is_not_asked_about_without_pause() -> None:
+    still = Stillness(0.0, 0.0)
+    still.held("f", 0.0)
+    assert still.remaining_s("f", A, 3600.0, 0.0) == 1.0
+
+
 def test_no_wait_at_all_can_be_asked_for() -> None:
     assert Stillness(0.0, 0.0).remaining_s("f", A, None, 0.0) == 0.0
 
