@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import random
 import re
 import ssl
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -34,8 +36,9 @@ from regd.errors import (
     Unauthorized,
 )
 from regd.logs import get_logger
-from regd.records import HISTORIES, RECORD, is_a
+from regd.records import HISTORIES, PAGE, RECORD, is_a
 from regd.retries import backoff_s, retry_after_s
+from regd.settings import credentials
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +52,7 @@ _PAGE = 1000  # Alyx's own maximum
 _BLIP_ATTEMPTS = 4
 _BLIP_FIRST_S = 0.25
 _BLIP_LONGEST_S = 60.0  # as long as a minute's rate limit can ask for
+_REFUSED_S = 10.0  # a password that was refused is not sent again sooner: accounts get locked
 _NO_CREDENTIALS = ("Authentication credentials", "Invalid token", "User inactive")
 _PROTECTED = "One or more datasets is protected"
 
@@ -88,6 +92,17 @@ class RateLimit:
                     self._sent.append(now)
                     return
             self._sleep(wait_s)
+
+
+@dataclass(slots=True, eq=False)
+class _Login:
+    """Who asks Alyx. Replaced as a whole, so that no thread sees half of the old one."""
+
+    user: str | None
+    password: str | None = field(repr=False)
+    token: str | None = field(repr=False)
+    refused_until: float = -math.inf
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
 
 class AlyxClient:
@@ -130,12 +145,8 @@ class AlyxClient:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.base_url = _checked_url(base_url)
-        self.user = username
-        self._password = password
-        self._token = (token or "").strip() or None  # a file of it ends in a newline
-        if self._token and not (self._token.isascii() and self._token.isprintable()):
-            raise InvalidInput("alyx.token has a character that no token has", hint="correct it")
-        self._login_lock = threading.Lock()
+        self.use_credentials(username, password, token)
+        self._clock = clock
         self._limit = RateLimit(requests_per_minute, clock=clock, sleep=sleep)
         self._sleep = sleep
         self._chance = chance
@@ -160,11 +171,12 @@ class AlyxClient:
             raise InvalidInput(
                 "alyx.url is not set", hint="set it in the settings file, or REGD_ALYX__URL"
             )
+        username, password, token = credentials(settings)
         return cls(
             alyx.url,
-            alyx.username,
-            alyx.password.get_secret_value() if alyx.password else None,
-            token=alyx.token.get_secret_value() if alyx.token else None,
+            username,
+            password,
+            token=token,
             ca_file=alyx.ca_file,
             timeout_s=alyx.timeout_s,
             requests_per_minute=alyx.requests_per_minute,
@@ -183,7 +195,26 @@ class AlyxClient:
     @property
     def has_credentials(self) -> bool:
         """Whether there is a token, or a user name and password to get one with."""
-        return self._token is not None or (bool(self.user) and self._password is not None)
+        login = self._login
+        return login.token is not None or (bool(login.user) and login.password is not None)
+
+    @property
+    def user(self) -> str | None:
+        """The user's name, where it was given."""
+        return self._login.user
+
+    def use_credentials(
+        self, username: str | None, password: str | None, token: str | None
+    ) -> None:
+        """Ask as this user from now on; requests under way end as the one before.
+
+        Raises:
+            InvalidInput: That can be no token.
+        """
+        token = (token or "").strip() or None  # a file of it ends in a newline
+        if token and not (token.isascii() and token.isprintable()):
+            raise InvalidInput("alyx.token has a character that no token has", hint="correct it")
+        self._login = _Login(username, password, token)
 
     def close(self) -> None:
         """Close the connections."""
@@ -218,7 +249,17 @@ class AlyxClient:
             AlyxAway: It does not.
         """
         with contextlib.suppress(Unauthorized):
-            _read(self._send("GET", "/data-formats", params={"limit": 1}))
+            answer = _read(self._send("GET", "/data-formats", params={"limit": 1}))
+            self._checked(answer, "/data-formats", PAGE)
+
+    def greet(self) -> None:
+        """Return if Alyx answers, and takes the credentials; a lost answer is asked for again.
+
+        Raises:
+            AlyxAway: It does not answer, or something else does.
+            Unauthorized: It refuses the credentials.
+        """
+        self.get("/data-formats", {"limit": 1}, form=PAGE)
 
     def post(self, path: str, data: Mapping[str, Any], form: TypeAdapter[Any] = RECORD) -> Any:
         """Return what `POST path` answers; it is sent once, unless it surely never arrived.
@@ -346,13 +387,14 @@ class AlyxClient:
         params: Params | None,
         json: Mapping[str, Any] | None,
     ) -> Any:
-        token = self._log_in(refused=None)
+        login = self._login
+        token = self._log_in(login, refused=None)
         try:
             return _read(self._send(method, path, params=params, json=json, token=token))
         except Unauthorized:
-            if self._password is None:
+            if login.password is None:
                 raise
-            token = self._log_in(refused=token)
+            token = self._log_in(login, refused=token)
         return _read(self._send(method, path, params=params, json=json, token=token))
 
     def _send(
@@ -374,8 +416,7 @@ class AlyxClient:
             raise InvalidInput(f"{where} cannot be sent: check alyx.url and alyx.token") from None
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise AlyxAway(
-                f"{where}: no connection: {error}",
-                hint="is Alyx up, is the network, is alyx.url right?",
+                f"{where}: no connection: {error}", hint=_connection_hint(error)
             ) from None
         except (httpx.TransportError, httpx.DecodingError) as error:
             what = str(error) or type(error).__name__
@@ -385,28 +426,32 @@ class AlyxClient:
 
     # --- credentials -----------------------------------------------------------------------------
 
-    def _log_in(self, refused: str | None) -> str:
+    def _log_in(self, login: _Login, refused: str | None) -> str:
         """Return the token to use, fetching one where there is none or it was `refused`."""
-        with self._login_lock:
-            if self._token is not None and self._token != refused:
-                return self._token
-            if not self.user or self._password is None:
+        with login.lock:
+            if login.token is not None and login.token != refused:
+                return login.token
+            if not login.user or login.password is None:
                 raise Unauthorized(
                     f"no credentials for {self.base_url}",
                     hint="set alyx.token, or alyx.username and alyx.password",
                 )
-            form = {"username": self.user, "password": self._password}
+            wrong = Unauthorized(
+                f"{self.base_url} does not accept the password of user {login.user!r}",
+                hint="correct alyx.username and alyx.password",
+            )
+            if self._clock() < login.refused_until:  # by another thread's request
+                raise wrong
+            form = {"username": login.user, "password": login.password}
             answer = self._send("POST", "/auth-token", data=form)
-            if answer.status_code == 400:
-                raise Unauthorized(
-                    f"{self.base_url} does not accept the password of user {self.user!r}",
-                    hint="correct alyx.username and alyx.password",
-                )
+            if answer.status_code == 400 and _json(answer) is not None:
+                login.refused_until = self._clock() + _REFUSED_S
+                raise wrong
             try:
-                self._token = str(_read(answer)["token"])
+                login.token = str(_read(answer)["token"])
             except (KeyError, TypeError):
                 raise AlyxAway(f"{self.base_url}/auth-token answered without a token") from None
-            return self._token
+            return login.token
 
 
 # --- what an answer means ------------------------------------------------------------------------
@@ -423,10 +468,7 @@ def _read(answer: httpx.Response) -> Any:
     where = f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
     if answer.status_code == 204:
         return None
-    try:
-        body = answer.json()
-    except (ValueError, RecursionError):
-        body = None
+    body = _json(answer)
     if answer.is_success:
         if body is None:
             raise AlyxAway(
@@ -438,6 +480,14 @@ def _read(answer: httpx.Response) -> Any:
     raise _failure(where, answer, body if isinstance(body, dict) else None)
 
 
+def _json(answer: httpx.Response) -> Any:
+    """Return what an answer holds; None where that is no JSON."""
+    try:
+        return answer.json()
+    except (ValueError, RecursionError):
+        return None
+
+
 def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) -> Exception:
     """Return the exception that an answer other than 2xx stands for."""
     status = answer.status_code
@@ -447,20 +497,21 @@ def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) ->
         return AlyxAway(
             f"{where} was redirected ({status}) to {answer.headers.get('Location', '?')[:200]}",
             hint="is alyx.url right, and is there a login page in between?",
+            unknown_outcome=True,
         )
     if status in (502, 503, 504) or (status >= 500 and body is None):
         return AlyxAway(
             f"{where} answered {status}", unknown_outcome=True, after_s=_asked_s(answer)
         )
-    if body is None:
-        if status == 404:
-            return AlyxRefused(
-                f"{where} is not found on the server", status=404, hint="is alyx.url right?"
-            )
-        return AlyxRefused(f"{where} answered {status}", status=status, hint="ask Alyx's keeper")
+    if body is None:  # Alyx says what it refuses in JSON: this is the word of something in between
+        return AlyxAway(
+            f"{where} answered {status} with something other than JSON",
+            hint="is alyx.url right? Else ask Alyx's keeper what stands between",
+            unknown_outcome=True,
+        )
     text = _sentence(body)
-    if status == 403:
-        return _forbidden(where, body, text)
+    if status in (401, 403):
+        return _forbidden(where, status, body, text)
     if status == 404:
         return MemberNotFound(f"{where}: {text}", hint="create it on Alyx, or correct the name")
     if status >= 500:
@@ -468,7 +519,7 @@ def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) ->
     return _bad_request(where, status, text)
 
 
-def _forbidden(where: str, body: dict[str, Any], text: str) -> Exception:
+def _forbidden(where: str, status: int, body: dict[str, Any], text: str) -> Exception:
     if body.get("error") == _PROTECTED and is_a(HISTORIES, body.get("details")):
         return DatasetsProtected(f"{where}: {_PROTECTED}", details=body["details"])
     if "is protected, cannot patch" in text:
@@ -479,7 +530,7 @@ def _forbidden(where: str, body: dict[str, Any], text: str) -> Exception:
             hint="correct alyx.token, or alyx.username and alyx.password",
         )
     return AlyxRefused(
-        f"{where}: {text}", status=403, hint="ask Alyx's keeper to give this user the right to"
+        f"{where}: {text}", status=status, hint="ask Alyx's keeper to give this user the right to"
     )
 
 
@@ -600,6 +651,20 @@ def _checked_url(url: str) -> str:
         shown = "" if "@" in url else f" {url!r}"
         raise InvalidInput(f"alyx.url{shown} is not an address of an Alyx server", hint=hint)
     return url.rstrip("/")
+
+
+def _connection_hint(error: BaseException) -> str:
+    """Return what to do where no connection came about."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return "is Alyx up, is the network, is alyx.url right?"
+    if cause.verify_code in (9, 10):  # X509_V_ERR_CERT_NOT_YET_VALID, …_HAS_EXPIRED
+        return "is this computer's clock right? Else have Alyx's certificate renewed"
+    if cause.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, …_IP_ADDRESS_MISMATCH
+        return "set alyx.url to the name that Alyx's certificate is for, then restart regd"
+    return "if it is the lab's own certificate: name its file in alyx.ca_file, then restart regd"
 
 
 def _trust(ca_file: str | Path | None) -> ssl.SSLContext | bool:

@@ -94,9 +94,30 @@ def _daemon_settings(config: Path | None) -> Settings:
     loaded = _load(config)
     check_for_daemon(loaded.settings, loaded.origins)
     settings = loaded.settings
-    secrets = [s.get_secret_value() for s in (settings.alyx.token, settings.alyx.password) if s]
-    configure(settings.log.level, settings.log.format, secrets=secrets)
+    configure(settings.log.level, settings.log.format, secrets=_secrets(settings))
     return settings
+
+
+def _secrets(settings: Settings) -> set[str]:
+    return {s.get_secret_value() for s in (settings.alyx.token, settings.alyx.password) if s}
+
+
+def _reader(config: Path | None, settings: Settings) -> Callable[[], Settings]:
+    """Return what reads the settings again, and keeps secrets that are new there out of logs."""
+    from regd.logs import configure
+    from regd.settings import check_credentials
+
+    known = _secrets(settings)
+
+    def reread() -> Settings:
+        fresh = _load(config).settings
+        check_credentials(fresh)
+        if new := _secrets(fresh) - known:
+            known.update(new)
+            configure(settings.log.level, settings.log.format, secrets=known)
+        return fresh
+
+    return reread
 
 
 @contextmanager
@@ -119,7 +140,11 @@ def run(config: Config = None) -> None:
     from regd.service import Service, lock
 
     settings = _daemon_settings(config)
-    with lock(settings.state_dir), Service(settings, threading.Event()) as service:
+    reread = _reader(config, settings)
+    with (
+        lock(settings.state_dir),
+        Service(settings, threading.Event(), reread=reread) as service,
+    ):
         _on_signal(service.end)
         service.run()
 

@@ -130,10 +130,11 @@ class Recurring:
         self._failures = 0
         self._since = self._logged_at = 0.0
 
-    def failed(self, **about: object) -> bool:
+    def failed(self, *, at_once: bool = False, **about: object) -> bool:
         """Count a failure; return whether it was logged. `failures` counts since the last success.
 
-        `about` holds the keys of the line.
+        `at_once` has it logged in any case: it is not the failure as before. `about` holds the
+        keys of the line.
         """
         with self._lock:
             now = self._clock()
@@ -141,7 +142,7 @@ class Recurring:
             failures = self._failures
             if failures == 1:
                 self._since = now
-            elif now - self._logged_at < self._every_s:
+            elif now - self._logged_at < self._every_s and not at_once:
                 return False
             self._logged_at = now
         self._log.warning(self._event, **{"failures": failures, **about})

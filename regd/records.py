@@ -44,7 +44,12 @@ class _DataFormat(BaseModel):
     file_extension: str
 
 
+class _Page(BaseModel):
+    results: list[Any]
+
+
 RECORD = TypeAdapter(dict[str, Any])
+PAGE = TypeAdapter(_Page | list[Any])
 SESSION = TypeAdapter(_Session)
 FOUND_SESSION = TypeAdapter(_FoundSession)
 DATASET = TypeAdapter(_Dataset)

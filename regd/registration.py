@@ -360,7 +360,10 @@ class RegistrationClient:
         except AlyxAway as error:
             if not error.unknown_outcome:
                 raise
-            found = self.search_sessions(session)
+            try:
+                found = self.search_sessions(session)
+            except RegdError:  # whatever it is: that the outcome is unknown is what counts
+                raise error from None
             if not found:
                 raise
             return dict(self.alyx.get(f"/sessions/{found[0]['id']}", form=SESSION))

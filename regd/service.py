@@ -33,7 +33,7 @@ from regd.model import FileState, SessionState
 from regd.paths import Ignored, could_become_session, parse_session, session_depth
 from regd.registration import RegistrationClient
 from regd.scan import Scanner, ScanResult
-from regd.settings import Settings
+from regd.settings import Settings, SettingsError, credentials, credentials_hint
 from regd.settle import Stillness
 from regd.watch import Hint, Watcher
 from regd.worker import Gate, Worker, check_root
@@ -43,6 +43,7 @@ STOP_WITHIN_S = 4.0
 _TICK_S = 1.0  # how often the journal is asked for what other processes want
 _REMIND_S = 3600.0
 _AFTER_OVERFLOW_S = 30.0
+_REREAD_S = 5.0  # how often the settings are read while Alyx refuses the credentials in them
 _log = get_logger()
 
 
@@ -117,6 +118,7 @@ class Service:
     Args:
         settings: Complete for the daemon, as `regd.settings.check_for_daemon` checks.
         stop: Set to end it.
+        reread: Reads the settings again, for credentials that a person has mended.
         client: The way to Alyx, if not by the settings.
         now: Seconds since 1970.
         clock: Monotonic seconds.
@@ -132,6 +134,7 @@ class Service:
         settings: Settings,
         stop: threading.Event,
         *,
+        reread: Callable[[], Settings] | None = None,
         client: RegistrationClient | None = None,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
@@ -179,6 +182,13 @@ class Service:
             _log, "watch.failed", "watch.mended", every_s=_REMIND_S, clock=clock
         )
         self._told: RegdError | None = None  # the last outage that was logged
+        self._reread = reread
+        self._reread_at = 0.0
+        self._read = settings  # where the credentials in use are from
+        self._refused: Settings | None = None  # those whose refusal was logged
+        self._mistaken = Recurring(
+            _log, "settings.failed", "settings.mended", every_s=_REMIND_S, clock=clock
+        )
 
     def __enter__(self) -> Service:
         return self
@@ -278,7 +288,7 @@ class Service:
         try:
             while not self.stop.is_set():
                 seen = self._news_count
-                if self._probe() or self.worker.step():
+                if self.step():
                     continue
                 with self._news:
                     if self._news_count == seen:
@@ -288,6 +298,14 @@ class Service:
                 _log.exception("worker.died")
                 self._failed = error
                 self.end()
+
+    def step(self) -> bool:
+        """Try Alyx again if it was away, or do the job of one session; False if nothing was due.
+
+        Raises:
+            sqlite3.Error: The journal is unusable.
+        """
+        return self._probe() or self.worker.step()
 
     def _idle_s(self) -> float:
         due_at = self.journal.next_due_at()
@@ -324,14 +342,12 @@ class Service:
             return False
         if error is not self._told:
             self._told = error
-            kind = "root" if isinstance(error, DataRootAway) else "alyx"
-            self._away[kind].failed(reason=error.reason, hint=error.hint)
-            self._note_away(error)
+            self._tell_away(error)
         if not self.gate.take_probe():
             return False
         try:
             check_root(self.root, self.journal)
-            self.client.alyx.get("/data-formats", {"limit": 1})
+            self.client.alyx.greet()
         except Stopping:
             return False
         except (TryLater, Unauthorized) as again:
@@ -342,14 +358,51 @@ class Service:
             self.gate.open()
             for away in self._away.values():
                 away.recovered()
+            self._refused = None
             self.journal.set_fact("away", None)
             self._tell()
         return True
 
+    def _tell_away(self, error: RegdError) -> None:
+        kind, hint, at_once = "alyx", error.hint, False
+        if isinstance(error, DataRootAway):
+            kind = "root"
+        elif isinstance(error, Unauthorized):
+            hint = credentials_hint(self._read)
+            # a person waits for the answer to what was mended; an outage may end with this
+            at_once = self._refused is not self._read
+            self._refused = self._read
+        self._away[kind].failed(at_once=at_once, reason=error.reason, hint=hint)
+        self._note_away(error.reason, hint)
+
+    def _take_credentials(self) -> None:
+        """Use what the settings say now, if Alyx refuses what they said before."""
+        refusal = self.gate.error
+        if not isinstance(refusal, Unauthorized) or self._reread is None:
+            return
+        if self._clock() < self._reread_at:
+            return
+        self._reread_at = self._clock() + _REREAD_S
+        try:
+            settings = self._reread()
+        except (SettingsError, OSError) as error:
+            mistakes = "; ".join(str(error).splitlines())
+            self._mistaken.failed(reason=mistakes, hint="correct it; regd keeps what it has")
+            self._note_away(refusal.reason, f"correct the settings: {mistakes}")
+            return
+        if self._mistaken.recovered():
+            self._note_away(refusal.reason, credentials_hint(self._read))
+        if credentials(settings) != credentials(self._read):
+            self._read = settings
+            self.client.alyx.use_credentials(*credentials(settings))
+            _log.info("credentials.changed", alyx=self.client.alyx.base_url)
+            self.gate.hurry()
+            self._tell()
+
     def _greet(self) -> None:
         """Find out at start, not with the first recording, whether Alyx and the settings work."""
         try:
-            self.client.alyx.get("/data-formats", {"limit": 1})
+            self.client.alyx.greet()
             _log.info("alyx.reached", alyx=self.client.alyx.base_url)
             if self.settings.repository is not None:
                 self.client.assert_exists(self.settings.repository, "data-repository")
@@ -363,11 +416,11 @@ class Service:
         except RegdError as error:
             _log.error("alyx.odd", reason=error.reason, hint=error.hint)
 
-    def _note_away(self, error: RegdError) -> None:
+    def _note_away(self, reason: str, hint: str) -> None:
         """Write the outage down for `regd status`, which may run without the credentials."""
         known = self.journal.fact("away")
         since = known["since"] if known else self._now()
-        away = {"reason": error.reason, "hint": error.hint, "since": since}
+        away = {"reason": reason, "hint": hint, "since": since}
         self.journal.set_fact("away", away)
 
     # --- the loop --------------------------------------------------------------------------------
@@ -440,6 +493,7 @@ class Service:
                 if asked is not None:
                     next_scan_at, everything = self._clock(), asked
                 self._tell()
+            self._take_credentials()
 
     def _scan(self, *, everything: bool = False, below: str = "") -> None:
         started_at = self._clock()

@@ -857,6 +857,38 @@ def check_for_daemon(settings: Settings, origins: Mapping[str, str]) -> None:
         raise SettingsError(mistakes)
 
 
+def check_credentials(settings: Settings) -> None:
+    """Check that Alyx's address is there, and who to ask it as. Raises SettingsError."""
+    if mistakes := [*_check_credentials(settings)]:
+        raise SettingsError(mistakes)
+
+
+def credentials(settings: Settings) -> tuple[str | None, str | None, str | None]:
+    """Return the user name, the password and the token to ask Alyx with."""
+    alyx = settings.alyx
+    password = alyx.password.get_secret_value() if alyx.password else None
+    return alyx.username, password, alyx.token.get_secret_value() if alyx.token else None
+
+
+def credentials_hint(settings: Settings) -> str:
+    """Return what to do where Alyx refuses the credentials in these settings."""
+    alyx = settings.alyx
+    keys = ["alyx.token"] if alyx.token else []
+    if alyx.password or not keys:
+        keys += ["alyx.username", "alyx.password"]
+    origins = {key: settings._origins[key] for key in keys if key in settings._origins}
+    what = ", ".join(f"{key} ({origins[key]})" if key in origins else key for key in keys)
+    if any(origin.startswith("environment") for origin in origins.values()):
+        return f"correct {what}, then: systemctl restart regd"
+    if any(origin.startswith("secret file") for origin in origins.values()):
+        # systemd copies what LoadCredential names when it starts the service
+        return (
+            f"correct {what}; under systemd in the file it is loaded from (LoadCredential), "
+            "then: systemctl restart regd"
+        )
+    return f"correct {what}; regd takes it up by itself"
+
+
 def _check_folders(settings: Settings, origins: Mapping[str, str]) -> Iterator[str]:
     root, state = settings.data_root, settings.state_dir
     where, state_where = (origins.get(key, "default") for key in ("data_root", "state_dir"))

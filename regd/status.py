@@ -135,7 +135,7 @@ def _alyx(settings: Settings, journal: Journal, running: bool) -> Report:
         quick = settings.model_copy(update={"alyx": alyx})
         with AlyxClient.from_settings(quick, sleep=_give_up) as client:
             if client.has_credentials:
-                client.get("/data-formats", {"limit": 1})
+                client.greet()
             else:
                 client.ping()
     except RegdError as error:

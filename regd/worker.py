@@ -58,6 +58,8 @@ from regd.settle import Stillness
 NOT_ON_ALYX = "Alyx does not know this session, and it has no flag"
 _HELD_LONGEST_S = 6 * 3600.0  # a held session is looked up again after this long at most
 _PROBE_FIRST_S, _PROBE_LONGEST_S = 2.0, 60.0  # between two attempts to reach Alyx again
+# the same for credentials that it refused: each attempt may bring their account nearer to a lock
+_LOGIN_FIRST_S, _LOGIN_LONGEST_S = 60.0, 900.0
 _FLUSH_S = 2.0  # hashes are written down at least this often
 _log = get_logger()
 
@@ -75,23 +77,41 @@ class Gate:
         self._chance = chance
         self._lock = threading.Lock()
         self._failures = 0
+        self._probing = False
         self._next_probe_at = 0.0
         self.error: TryLater | Unauthorized | None = None
 
     def close(self, error: TryLater | Unauthorized) -> None:
-        """Note that Alyx, or the data root, does not work."""
+        """Note that Alyx, or the data root, does not work.
+
+        What several workers find at the same time is one failure.
+        """
         with self._lock:
-            self._failures += 1
-            wait_s = backoff_s(self._failures, _PROBE_FIRST_S, _PROBE_LONGEST_S, self._chance)
+            refused = isinstance(error, Unauthorized)
+            if self.error is None or refused != isinstance(self.error, Unauthorized):
+                self._failures = 1
+            elif self._probing:
+                self._failures += 1
+            self._probing = False
+            first_s, longest_s = _PROBE_FIRST_S, _PROBE_LONGEST_S
+            if refused:
+                first_s, longest_s = _LOGIN_FIRST_S, _LOGIN_LONGEST_S
+            wait_s = backoff_s(self._failures, first_s, longest_s, self._chance)
             if isinstance(error, TryLater):
                 wait_s = max(wait_s, error.after_s or 0.0)
             self._next_probe_at = self._clock() + wait_s
             self.error = error
 
+    def hurry(self) -> None:
+        """Have the next probe made at once: something changed."""
+        with self._lock:
+            self._next_probe_at = self._clock()
+
     def open(self) -> None:
         """Note that they work."""
         with self._lock:
             self._failures = 0
+            self._probing = False
             self.error = None
 
     def take_probe(self) -> bool:
@@ -100,6 +120,7 @@ class Gate:
             if self.error is None or self._clock() < self._next_probe_at:
                 return False
             self._next_probe_at = self._clock() + _PROBE_LONGEST_S
+            self._probing = True
             return True
 
 
@@ -183,11 +204,12 @@ class Worker:
             return self._job(row)
         except Stopping:
             return _Next(SessionState.WAITING, self.now(), row.attempt, row.reason, row.hint)
-        except (AlyxAway, DataRootAway, Unauthorized) as error:
+        except (AlyxAway, AlyxFault, DataRootAway, Unauthorized) as error:
             unknown = isinstance(error, AlyxAway) and error.unknown_outcome
-            if unknown and self._alyx_works():
-                # it fails on this session alone
-                return self._again(row, TryLater(error.reason, hint=error.hint))
+            if (unknown or isinstance(error, AlyxFault)) and self._alyx_works():
+                # it fails on this session alone; what was sent may still be on its way
+                after_s = UNKNOWN_OUTCOME_S if unknown else None
+                return self._again(row, TryLater(error.reason, hint=error.hint, after_s=after_s))
             # an outage: no session's failure, so it counts as no attempt
             self.gate.close(error)
             due_at = self.now() + (UNKNOWN_OUTCOME_S if unknown else 0.0)
@@ -655,7 +677,7 @@ class Worker:
         try:
             self._post(row, session, placed, checked=False)
         except RevisionProtected as error:
-            raise AlyxFault(error.reason, after_s=1.0) from None
+            raise AlyxFault(error.reason) from None
         except FileRefused as refusal:
             return self._refuse(row, session, placed, refusal)
         return True

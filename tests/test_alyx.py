@@ -124,7 +124,7 @@ def test_the_password_is_sent_as_a_form(sandbox: Server) -> None:
 def test_a_token_alone_is_enough(sandbox: Server) -> None:
     with connect(sandbox) as client:
         client.get("/users")
-        token = client._token
+        token = client._login.token
     sandbox.requests.clear()
     with connect(sandbox, token=token) as client:
         assert client.get("/users")
@@ -303,13 +303,13 @@ def test_a_long_query_can_be_sent_as_a_body() -> None:
         ),
         (403, {"detail": "Dataset x is protected, cannot patch"}, RevisionProtected, ""),
         (404, {"detail": "Not found."}, MemberNotFound, "create"),
-        (404, b"<h1>Not Found</h1>", AlyxRefused, "alyx.url"),
+        (404, b"<h1>Not Found</h1>", AlyxAway, "alyx.url"),
         (400, {"detail": "The repository does not exist"}, MemberNotFound, "repository"),
         (400, {"users": ["Object with username=x does not exist."]}, MemberNotFound, "Alyx"),
         (400, {"subject": ["Object with nickname=zz does not exist."]}, SubjectNotFound, "subject"),
         (400, {"number": ["A valid integer is required."]}, AlyxRefused, "correct"),
         (400, {"detail": 'The dataset "x.npy" is wrong'}, FileRefused, "retry"),
-        (400, b"Bad Request", AlyxRefused, "keeper"),
+        (400, b"Bad Request", AlyxAway, "keeper"),
         (
             500,
             {"detail": 'No dataset type found for filename "x.y.npy"'},
@@ -967,7 +967,7 @@ def test_no_secret_in_any_log_line_error_or_repr(
     shown = []
     with connect(sandbox, token=SECRET, username=USER, password=PASSWORD) as client:
         client.get("/users")
-        fresh = client._token
+        fresh = client._login.token
         assert fresh not in (None, SECRET)
         shown += [repr(client), str(client), repr(client.__class__)]
         with pytest.raises(RegdError) as e:

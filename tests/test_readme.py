@@ -29,7 +29,8 @@ def test_events_table() -> None:
     logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
     for kind in ("alyx", "root"):
         logged |= {f"{kind}.away", f"{kind}.back"}
-    logged |= {"watch.failed", "watch.mended"}
+    for kind in ("watch", "settings"):
+        logged |= {f"{kind}.failed", f"{kind}.mended"}
     listed = set(
         re.findall(
             r"`([a-z]+\.[a-z_]+)`",

@@ -720,7 +720,7 @@ def test_whatever_goes_wrong_on_the_way_the_error_has_a_name(place: Lab) -> None
 
 def test_no_secret_is_shown(place: Lab) -> None:
     place.create()
-    token = str(place.alyx._token)
+    token = str(place.alyx._login.token)
     assert len(token) > 20
     with structlog.testing.capture_logs() as logs:
         place.client.register_session(place.root / SESSION)
