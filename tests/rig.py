@@ -11,6 +11,7 @@ import os
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 from regd.alyx import AlyxClient
 from regd.journal import FILE_NAME, Journal
+from regd.registration import RegistrationClient
 from regd.service import Service, lock, unfinished
 from regd.settings import Settings
 
@@ -65,7 +67,7 @@ class Lab:
 
     def protect(self, eid: str, *paths: str) -> None:
         """Tag datasets so that they may not be overwritten."""
-        tag = f"regd-test-{random.getrandbits(64):x}"
+        tag = f"regd-test-{uuid.uuid4()}"  # hypothesis has `random` repeat itself
         self.client.post("/tags", {"name": tag, "protected": True})
         datasets = self.datasets(eid)
         for path in paths:
@@ -149,6 +151,22 @@ class Rig:
             service.run_once(everything=everything)
         return self.journal()
 
+    @contextmanager
+    def by_hand(self, clock: Clock) -> Iterator[Service]:
+        """Yield the daemon, which does nothing but what `step` is called for, in that time."""
+        alyx = AlyxClient.from_settings(
+            self.settings, clock=clock, sleep=clock.sleep, chance=lambda: 0.5
+        )
+        client = RegistrationClient(alyx, chunk_files=self.settings.register.chunk_files)
+        stop = threading.Event()
+        with (
+            lock(self.settings.state_dir),
+            Service(
+                self.settings, stop, client=client, now=clock, clock=clock, chance=lambda: 0.5
+            ) as service,
+        ):
+            yield service
+
     def journal(self) -> Journal:
         return Journal(self.settings.state_dir / FILE_NAME, now=time.time, read_only=True)
 
@@ -187,3 +205,16 @@ def until(happened: Callable[[], Any], timeout_s: float = 15.0) -> Any:
 def idle(service: Service) -> bool:
     """Say whether the daemon has nothing left that time alone will finish."""
     return not unfinished(service.journal)
+
+
+class Clock:
+    """Time that passes only when it is told to, so that a weekend takes no time."""
+
+    def __init__(self) -> None:
+        self._now = time.time() + 3600  # what is recorded now has settled
+
+    def __call__(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
