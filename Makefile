@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean test chaos lint clean
+.PHONY: help demo demo-clean test chaos bench lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make test        ruff, mypy, bandit and pytest"
 	@echo "make chaos       the tests of crashes, faults and bad input at full length; N=1000 sets how"
 	@echo "                 often each random part runs, SEED=1 what is random, PART=crashes which"
+	@echo "make bench       how fast regd is, beside what else does the same: ONLY=matching,scan names"
+	@echo "                 parts, QUICK=1 tries it with small sizes; bench/RESULTS.md keeps the table"
 	@echo "make lint        ruff, mypy and bandit alone"
 	@echo "make clean       remove ./demo, the virtual environment and caches"
 	@echo
@@ -41,6 +43,9 @@ PART ?= *
 
 chaos: $(READY)
 	$(BIN)/pytest tests/chaos/test_$(PART).py --times=$(N) --hypothesis-seed=$(SEED) -v
+
+bench: $(READY)
+	$(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 
 clean:
 	@if [ -d demo ] && [ -x $(BIN)/regd ]; then $(BIN)/regd demo --clean; fi

@@ -1,0 +1,200 @@
+"""Registering: new sessions, many at once, and one that is very large."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from bench import alyx
+from bench.alyx import REGD
+from bench.measure import (
+    PROJECT,
+    Bench,
+    Failed,
+    Line,
+    PeerMissing,
+    mb,
+    peak_bytes,
+    run,
+    running,
+    s,
+    until,
+)
+
+WORKERS = 4  # regd's default, and as many connections for the bare requests
+
+
+def new_sessions(bench: Bench) -> Iterator[Line]:
+    """20 new sessions of 20 files: against ONE, and against the bare requests."""
+    sessions, files = bench.size(20, 4), 20
+    what = f"{sessions} new sessions of {files} files of 20 kB"
+    has_one = importlib.util.find_spec("one.registration") is not None
+    ours, empty, one, bare = [], [], [], []
+    with bench.scratch("new-sessions") as folder:
+        root = folder / "data"
+        at_start = in_all = 0
+        for _ in range(bench.runs):
+            _fresh(root, sessions, files)
+            with alyx.sandbox(folder / "alyx.log") as url:
+                config = _configure(folder, root, url)
+                ours.append(run([*REGD, "scan", "-c", str(config)], folder / "regd.log").took_s)
+            alyx.check_done(folder / "regd.log", sessions, sessions * files)
+            config = _configure(folder, folder / "empty", "http://127.0.0.1:9")
+            empty.append(run([*REGD, "scan", "-c", str(config)], folder / "empty.log").took_s)
+            if has_one:
+                _fresh(root, sessions, files)
+                with alyx.sandbox(folder / "alyx.log") as url:
+                    took_s, at_start, in_all = _run_one(folder, root, url)
+                    one.append(took_s)
+            _fresh(root, sessions, files)
+            with alyx.sandbox(folder / "alyx.log") as url:
+                recording = alyx.record_requests(_configure(folder, root, url))
+            with alyx.sandbox(folder / "alyx.log") as url:
+                bare.append(alyx.replay(url, recording, WORKERS).took_s)
+    scan_s, start_s, bare_s = median(ours), median(empty), median(bare)
+    if has_one:
+        one_s = median(one)
+        yield Line(
+            f"{what}: `regd scan`, whole process", s(scan_s), f"ONE: {s(one_s)}",
+            one_s / scan_s, 15, "times faster", least=True,
+        )  # fmt: skip
+    else:
+        yield _no_one(f"{what}: `regd scan`, whole process", 15, "times faster")
+    yield Line(
+        f"{what}: start-up left out", s(scan_s - start_s),
+        f"the same requests bare, {WORKERS} connections: {s(bare_s)}",
+        (scan_s - start_s) / bare_s, 1.25,
+        note=f"start-up (`regd scan` with nothing there): {s(start_s)}",
+    )  # fmt: skip
+    opening, rest = len(recording.opening()), sum(map(len, recording.sessions()))
+    yield Line(
+        "requests for a new session", f"{rest / sessions:.2f}",
+        f"ONE: {(in_all - at_start) / sessions:.2f}" if has_one else "ONE: not here",
+        rest / sessions, 3, "requests",
+        note=f"once a run besides: regd {opening}, ONE {at_start}; with these, a session of "
+        f"{sessions}: regd {(rest + opening) / sessions:.2f}, ONE {in_all / sessions:.2f}",
+    )  # fmt: skip
+
+
+def _no_one(what: str, bar: float, unit: str) -> Line:
+    missing = PeerMissing("ONE is not here: pip install ONE-api")
+    return Line(what, "-", str(missing), None, bar, unit, least=True)
+
+
+def _fresh(root: Path, sessions: int, files: int, size: int = 20_000) -> None:
+    """Write the sessions anew, and forget what regd knew of them."""
+    for name in (root, root.parent / "state", root.parent / "empty"):
+        shutil.rmtree(name, ignore_errors=True)
+    (root.parent / "empty").mkdir(parents=True)
+    alyx.record(root, sessions, files, size)
+
+
+def _configure(folder: Path, root: Path, url: str) -> Path:
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return alyx.configure(folder, root, url)
+
+
+def _run_one(folder: Path, root: Path, url: str) -> tuple[float, int, int]:
+    """Return how long ONE's client took, and its requests: at its start, and in all."""
+    home, count, log = folder / "home", folder / "count.json", folder / "one.log"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    script = str(PROJECT / "bench" / "one_client.py")
+    took = run([sys.executable, script, url, str(root), str(home), str(count)], log)
+    if left := list(root.rglob("create_me.flag")):
+        raise Failed(f"ONE left {len(left)} sessions: {log.read_text()[-2000:]}")
+    at_start, in_all = json.loads(count.read_text())
+    return took.took_s, at_start, in_all
+
+
+def drop(bench: Bench) -> Iterator[Line]:
+    """Many sessions that appear at once beside a running daemon."""
+    sessions, files = bench.size(2000, 60), 10
+    ours, bare, peaks = [], [], []
+    with bench.scratch("drop") as folder:
+        for _ in range(bench.runs):
+            _fresh(folder / "data", sessions, files)
+            with alyx.sandbox(folder / "alyx.log") as url:
+                took_s, peak = _drop(folder, url, sessions, files)
+                ours.append(took_s)
+                peaks.append(peak)
+            _fresh(folder / "data", sessions, files)
+            with alyx.sandbox(folder / "alyx.log") as url:
+                config = _configure(folder, folder / "data", url)
+                recording = alyx.record_requests(config)
+            with alyx.sandbox(folder / "alyx.log") as url:
+                bare.append(alyx.replay(url, recording, WORKERS).took_s)
+    what = f"{sessions} sessions of {files} files at once"
+    yield Line(
+        f"{what}, each registered once", s(median(ours)),
+        f"the same requests bare, {WORKERS} connections: {s(median(bare))}",
+        median(ours) / median(bare), 1.3,
+    )  # fmt: skip
+    yield Line(f"{what}: peak memory", mb(max(peaks)), "-", max(peaks) / 1e6, 200, "MB")
+
+
+def _drop(folder: Path, url: str, sessions: int, files: int) -> tuple[float, int]:
+    """Return how long a running daemon took for sessions moved into its root, and its peak."""
+    staged = folder / "data" / alyx.LAB / "Subjects" / alyx.SUBJECT
+    aside = folder / "aside"
+    staged.rename(aside)
+    config = _configure(folder, folder / "data", url)
+    log = folder / "regd.log"
+    words = [b'"flag.removed"', b'"file.registered"']
+
+    def is_done() -> bool:
+        return alyx.counted(log, words) == [sessions, sessions * files]
+
+    with running([*REGD, "run", "-c", str(config)], log) as process:
+        until(lambda: b"scan.finished" in log.read_bytes(), 30)
+        started_at = time.time()
+        aside.rename(staged)
+        until(is_done, 900, 0.2)
+        peak = peak_bytes(process.pid)
+    alyx.check_done(log, sessions, sessions * files)
+    last = [f["timestamp"] for f in alyx.logged(log) if f["event"] == "flag.removed"][-1]
+    return datetime.datetime.fromisoformat(last).timestamp() - started_at, peak
+
+
+def long_session(bench: Bench) -> Iterator[Line]:
+    """One session of very many files: whether the last ones take longer than the first."""
+    files = bench.size(100_000, 4_000)
+    with bench.scratch("long") as folder:
+        _fresh(folder / "data", 1, files, 64)
+        with alyx.sandbox(folder / "alyx.log") as url:
+            config = _configure(folder, folder / "data", url)
+            run([*REGD, "scan", "-c", str(config)], folder / "regd.log")
+        alyx.check_done(folder / "regd.log", 1, files)
+        ends = [
+            datetime.datetime.fromisoformat(facts["timestamp"]).timestamp()
+            for facts in alyx.logged(folder / "regd.log")
+            if facts["event"] == "file.registered"
+        ]
+        _fresh(folder / "data", 1, files, 64)
+        with alyx.sandbox(folder / "alyx.log") as url:
+            recording = alyx.record_requests(_configure(folder, folder / "data", url))
+        with alyx.sandbox(folder / "alyx.log") as url:
+            bare = alyx.replay(url, recording, 1).ends_s
+    first, last = _tenths(ends[:: len(ends) // (files // 100)])
+    first_bare, last_bare = _tenths(bare)
+    yield Line(
+        f"{files} files in one session: the last tenth, each, against the first",
+        f"{s(last / 100)} against {s(first / 100)}",
+        f"the same requests bare: {s(last_bare / 100)} against {s(first_bare / 100)} a file",
+        last / first, 1.1,
+        note=f"the stand-in itself grows by {last_bare / first_bare:.2f}",
+    )  # fmt: skip
+
+
+def _tenths(ends_s: list[float]) -> tuple[float, float]:
+    """Return the time a request took among the first and among the last tenth."""
+    count = max(2, len(ends_s) // 10)
+    first, last = ends_s[: count + 1], ends_s[-count - 1 :]
+    return (first[-1] - first[0]) / count, (last[-1] - last[0]) / count
