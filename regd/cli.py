@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sqlite3
 import sys
@@ -123,7 +124,10 @@ def _reader(config: Path | None, settings: Settings) -> Callable[[], Settings]:
 @contextmanager
 def _journal(settings: Settings, *, read_only: bool = False) -> Iterator[Journal]:
     from regd.journal import FILE_NAME, Journal
+    from regd.service import check_state_dir
 
+    if not read_only:
+        check_state_dir(settings.state_dir)
     journal = Journal(settings.state_dir / FILE_NAME, now=time.time, read_only=read_only)
     try:
         yield journal
@@ -330,6 +334,12 @@ def _show_status(facts: Report) -> None:
     alyx, daemon = facts["alyx"], facts["daemon"]
     out.print(f"[bold]{escape(str(facts['data_root']))}[/bold]")
     out.print(f"daemon   {'running' if daemon['running'] else '[yellow]not running[/yellow]'}")
+    for aside in facts["damaged_journals"]:
+        out.print(
+            f"journal  [red]was damaged[/red], and a new one is built; check the disk, then: "
+            f"rm {escape(shlex.quote(aside))}*",
+            soft_wrap=True,
+        )
     if alyx["reachable"]:
         out.print(f"Alyx     reachable at {escape(str(alyx['url']))}")
     else:

@@ -31,6 +31,14 @@ class Stopping(RegdError):
     """regd is shutting down; what was in hand goes back to the journal."""
 
 
+class JournalFailed(RegdError):
+    """The journal cannot be used: no session's failure; regd ends, and goes on when restarted."""
+
+
+class JournalDamaged(JournalFailed):
+    """The journal is no journal, or no longer one; whoever holds the lock sets it aside."""
+
+
 # --- time mends it -------------------------------------------------------------------------------
 
 

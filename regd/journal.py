@@ -6,18 +6,21 @@ read, ask for a scan, or put parked sessions back to work while the daemon runs.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import functools
 import json
 import os
 import sqlite3
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from regd.errors import InvalidInput, NeedsHuman
+from regd.errors import InvalidInput, JournalDamaged, JournalFailed, NeedsHuman
 from regd.model import FileState, SessionPath, SessionState, Signature
 from regd.paths import parse_session
 
@@ -25,6 +28,7 @@ SCHEMA_VERSION = 1
 UNKNOWN_OUTCOME_S = 15.0
 """How long a request whose outcome is unknown may still take to have an effect, in seconds."""
 FILE_NAME = "journal.sqlite"
+_SET_ASIDE = ".damaged-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +104,32 @@ class Journal:
         path: The SQLite file, made if it is missing.
         now: Seconds since 1970.
         read_only: Open an existing journal without the right to change it.
+        check: Read all of it, to see that it is not damaged (4 s for a million files, from disk).
 
     Raises:
-        NeedsHuman: The file is of a newer regd, or cannot be opened.
-        sqlite3.DatabaseError: It is no journal, or is damaged.
+        NeedsHuman: There is none to read, or it is of another version of regd.
+        JournalDamaged: It is no journal, or a damaged one.
+        JournalFailed: It cannot be opened or written.
     """
 
-    def __init__(self, path: Path, *, now: Callable[[], float], read_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        now: Callable[[], float],
+        read_only: bool = False,
+        check: bool = False,
+    ) -> None:
         self.path = path
+        self.damaged = False
         self._now = now
         self._lock = threading.RLock()
         if read_only and not path.exists():
             raise NeedsHuman(
                 f"there is no journal at {path}", hint="has `regd run` or `regd scan` run yet?"
             )
-        try:
+        self._check_file(create=not read_only)
+        with self._explained():
             self._db = sqlite3.connect(
                 f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}",
                 uri=True,
@@ -122,26 +137,30 @@ class Journal:
                 isolation_level=None,
                 check_same_thread=False,
             )
-        except sqlite3.OperationalError as error:
-            raise NeedsHuman(
-                f"the journal {path} cannot be opened: {error}",
-                hint="check the rights and the free space of state_dir",
-            ) from None
         try:
-            self._db.execute("PRAGMA foreign_keys = ON")
-            if read_only:
+            with self._explained():
+                self._db.execute("PRAGMA foreign_keys = ON")
                 self._check_version()
-            else:
-                self._prepare()
-        except sqlite3.OperationalError as error:
-            self._db.close()
-            raise NeedsHuman(
-                f"the journal {path} cannot be used: {error}",
-                hint="run this as regd's user; check the rights and the free space of state_dir",
-            ) from None
+                if not read_only:
+                    self._prepare()
+                if check:
+                    self._check_pages()
         except BaseException:
             self._db.close()
             raise
+
+    def _check_file(self, *, create: bool) -> None:
+        try:
+            if create:  # with these rights, which SQLite gives to the files beside it, too
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except FileExistsError:
+            status = self.path.stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise self._damage("it is a folder") from None
+            if status.st_size == 0:
+                raise self._damage("it is empty") from None
+        except OSError as error:
+            raise self._failure(f"{error.strerror}", _FAILURES[sqlite3.SQLITE_CANTOPEN]) from None
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -149,8 +168,7 @@ class Journal:
         self._db.execute("PRAGMA synchronous = NORMAL")
         with self._write():
             if self._check_version() == 0:
-                schema = package_files("regd").joinpath("schema.sql").read_text()
-                for statement in _statements(schema):
+                for statement in _statements(_schema()):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -161,7 +179,42 @@ class Journal:
                 f"the journal {self.path} is of another version of regd ({version})",
                 hint="install that version, or move the journal away: a scan rebuilds it",
             )
+        columns = _columns(self._db)
+        if columns != (_columns_wanted() if version else set()):
+            raise self._damage("it holds other tables than regd's")
         return int(version)
+
+    def _check_pages(self) -> None:
+        ((found,),) = self._db.execute("PRAGMA integrity_check(1)").fetchall()
+        if found != "ok":
+            raise self._damage(found)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn SQLite's errors that a person or a restart can mend into regd's own."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            code = getattr(error, "sqlite_errorcode", None)
+            # Python's own complaint about a text that is none has no code
+            if code is None and "decode" not in str(error):
+                raise
+            code = sqlite3.SQLITE_CORRUPT if code is None else code & 0xFF
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise self._damage(str(error)) from error
+            if hint := _FAILURES.get(code):
+                raise self._failure(str(error), hint) from error
+            raise
+
+    def _damage(self, what: str) -> JournalDamaged:
+        self.damaged = True
+        return JournalDamaged(
+            f"the journal {self.path} is damaged: {what}",
+            hint="start the daemon, or run `regd scan`: the journal is set aside and built anew",
+        )
+
+    def _failure(self, what: str, hint: str) -> JournalFailed:
+        return JournalFailed(f"the journal {self.path} cannot be used: {what}", hint=hint)
 
     def __enter__(self) -> Journal:
         return self
@@ -174,9 +227,9 @@ class Journal:
         with self._lock:
             self._db.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._lock, self._explained():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -187,20 +240,23 @@ class Journal:
                 raise
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
-        with self._lock:
+        with self._lock, self._explained():
             return self._db.execute(query, values).fetchall()
 
     def durable(self) -> None:
         """Return once all that was committed is on the disk, whatever happens to the power."""
-        with self._lock:
-            try:
-                wal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return  # all of it has reached the file itself
         try:
-            os.fsync(wal)
-        finally:
-            os.close(wal)
+            with self._lock:
+                wal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(wal)
+            finally:
+                os.close(wal)
+        except FileNotFoundError:
+            return  # all of it has reached the file itself
+        except OSError as error:
+            hint = _FAILURES[sqlite3.SQLITE_IOERR]
+            raise self._failure(f"{error.strerror}", hint) from error
 
     def version(self) -> int:
         """Return a number that changes whenever another process has changed the journal."""
@@ -212,7 +268,10 @@ class Journal:
     def fact(self, name: str) -> Any:
         """Return the fact of that name, or None."""
         rows = self._rows("SELECT value FROM fact WHERE name = ?", name)
-        return json.loads(rows[0][0]) if rows else None
+        try:
+            return json.loads(rows[0][0]) if rows else None
+        except ValueError:
+            raise self._damage(f"its fact {name} cannot be read") from None
 
     def set_fact(self, name: str, value: Any) -> None:
         """Write down a fact: anything that JSON can hold."""
@@ -411,6 +470,11 @@ class Journal:
                 {"now": self._now(), "settle_s": UNKNOWN_OUTCOME_S},
             ).rowcount
 
+    def doubt_all(self) -> None:
+        """Note that Alyx may hold more than the journal says: a power cut undoes commits."""
+        with self._write() as db:
+            db.execute("UPDATE session SET doubt = 1 WHERE doubt = 0")
+
     def identify(self, session: int, eid: str, *, doubt: bool) -> None:
         """Write down a session's UUID, and whether Alyx may hold datasets of it already."""
         with self._write() as db:
@@ -579,6 +643,67 @@ class Journal:
             {state: sessions.get(state, 0) for state in SessionState},
             {state: files.get(state, 0) for state in FileState},
         )
+
+
+def set_aside(path: Path, now: float) -> Path:
+    """Rename a damaged journal and its -wal, which nobody has open, and return its new name.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    stamp = datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    name = f"{path.name}{_SET_ASIDE}{stamp}"
+    aside = path.with_name(name)
+    while os.path.lexists(aside):
+        name += "+"
+        aside = path.with_name(name)
+    with contextlib.suppress(FileNotFoundError):
+        path.with_name(f"{path.name}-wal").rename(path.with_name(f"{name}-wal"))
+    with contextlib.suppress(FileNotFoundError):
+        path.with_name(f"{path.name}-shm").unlink()
+    path.rename(aside)
+    return aside
+
+
+def asides(path: Path) -> list[Path]:
+    """Return the damaged journals that lie beside one, the oldest first."""
+    found = path.parent.glob(f"{path.name}{_SET_ASIDE}*")
+    return sorted(file for file in found if not file.name.endswith("-wal"))
+
+
+# by SQLite's result code: what a person can do about it
+_FAILURES = {
+    sqlite3.SQLITE_FULL: "free some space on the disk of state_dir: regd goes on by itself",
+    sqlite3.SQLITE_IOERR: "check the disk of state_dir, and free some space on it",
+    sqlite3.SQLITE_CANTOPEN: "run this as regd's user; check the rights and the free space of "
+    "state_dir",
+    sqlite3.SQLITE_READONLY: "run this as regd's user; check that state_dir can be written",
+    sqlite3.SQLITE_PERM: "run this as regd's user; check the rights of state_dir",
+    sqlite3.SQLITE_BUSY: "end the other program that works on the journal in state_dir",
+    sqlite3.SQLITE_LOCKED: "end the other program that works on the journal in state_dir",
+    sqlite3.SQLITE_PROTOCOL: "end the other program that works on the journal in state_dir",
+}
+
+
+def _schema() -> str:
+    return package_files("regd").joinpath("schema.sql").read_text()
+
+
+def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Return every table of a database with each of its columns."""
+    return set(
+        db.execute(
+            "SELECT t.name, c.name FROM sqlite_schema AS t, pragma_table_info(t.name) AS c"
+            " WHERE t.type = 'table' AND t.name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+        )
+    )
+
+
+@functools.cache
+def _columns_wanted() -> set[tuple[str, str]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_schema())
+        return _columns(db)
 
 
 def _statements(script: str) -> Iterator[str]:

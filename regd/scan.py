@@ -67,7 +67,13 @@ class Scanner:
     stop: threading.Event
 
     def scan(
-        self, now: float, *, below: str = "", everything: bool = False, dry: bool = False
+        self,
+        now: float,
+        *,
+        below: str = "",
+        everything: bool = False,
+        rebuild: bool = False,
+        dry: bool = False,
     ) -> ScanResult:
         """Note every session below a folder that needs work.
 
@@ -75,6 +81,7 @@ class Scanner:
             now: Seconds since 1970.
             below: A folder below the data root; '' for all of it.
             everything: Whether to take old sessions, too, that have no flag and are unknown.
+            rebuild: Whether to look at those, too, but take only those that Alyx knows.
             dry: Only count; the journal stays as it is.
 
         Raises:
@@ -84,7 +91,7 @@ class Scanner:
         for session in self._sessions(below, result):
             if self.stop.is_set():
                 return result
-            self._look(session, now, result, everything=everything, dry=dry)
+            self._look(session, now, result, everything=everything, rebuild=rebuild, dry=dry)
         if not dry:
             number = int(self.journal.fact("scan") or 0) + (0 if below else 1)
             for path, reason, hint in self.journal.write_strays(number, result.strays):
@@ -161,7 +168,14 @@ class Scanner:
         return self.ignored(path) and not path.endswith(f"/{self.settings.flag}")
 
     def _look(
-        self, session: SessionPath, now: float, result: ScanResult, *, everything: bool, dry: bool
+        self,
+        session: SessionPath,
+        now: float,
+        result: ScanResult,
+        *,
+        everything: bool,
+        rebuild: bool,
+        dry: bool,
     ) -> None:
         """Count one session folder and note it if it needs work."""
         try:
@@ -184,7 +198,7 @@ class Scanner:
             readable = [f for f in found if f.kind != "unreadable"]
             newest_s = max((f.modified_s for f in readable), default=now)
             old = now - newest_s > self.settings.scan.backlog_days * _DAY_S and not flagged
-            if old and not everything:
+            if old and not everything and not rebuild:
                 result.backlog_sessions += 1
                 result.backlog_files += len(found)
                 return
@@ -198,7 +212,7 @@ class Scanner:
             due_at=now,
             flagged=flagged,
             new_flag=flagged and not (known and known[0].flagged),
-            asked=old,
+            asked=old and everything,  # never to be created only because the journal was lost
             held_until=now + self.settings.scan.every_s,
         )
         if other is None:

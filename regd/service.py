@@ -6,9 +6,12 @@ import contextlib
 import fcntl
 import math
 import os
+import pwd
 import queue
 import random
+import shlex
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +23,8 @@ from regd.errors import (
     DataRootAway,
     InvalidInput,
     InvalidPath,
+    JournalDamaged,
+    JournalFailed,
     MemberNotFound,
     NeedsHuman,
     RegdError,
@@ -27,7 +32,7 @@ from regd.errors import (
     TryLater,
     Unauthorized,
 )
-from regd.journal import FILE_NAME, Journal
+from regd.journal import FILE_NAME, Journal, asides, set_aside
 from regd.logs import Recurring, get_logger
 from regd.model import FileState, SessionState
 from regd.paths import Ignored, could_become_session, parse_session, session_depth
@@ -51,36 +56,74 @@ class AlreadyRunning(NeedsHuman):
     """Another regd works with this state folder."""
 
 
+def check_state_dir(folder: Path) -> None:
+    """Make the state folder if it is missing, and see that it is this user's alone.
+
+    Raises:
+        NeedsHuman: It is another's, or no folder, or others can reach into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+        if status.st_uid != os.geteuid():
+            # what root writes there, the daemon could not open
+            raise _unfit(folder, f"belongs to user {_name_of(status.st_uid)}", _as_user(status))
+        if others := stat.S_IMODE(status.st_mode) & 0o077:
+            reason = f"can be reached by other users (mode {others:03o} beyond its owner's)"
+            raise _unfit(folder, reason, f"chmod 700 {shlex.quote(str(folder))}")
+    except FileExistsError:
+        hint = "move it away, or set another state_dir"
+        raise _unfit(folder, "is no folder", hint) from None
+    except OSError as error:
+        hint = "name a folder in state_dir that can be made, and that regd's user can write in"
+        raise _unfit(folder, f"cannot be used: {error.strerror}", hint) from None
+
+
+def _unfit(folder: Path, reason: str, hint: str) -> NeedsHuman:
+    return NeedsHuman(f"state_dir {folder} {reason}", hint=hint)
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
+
+
+def _as_user(status: os.stat_result) -> str:
+    user = shlex.quote(_name_of(status.st_uid))
+    return f"run this as that user, such as: sudo -u {user} regd scan"
+
+
 @contextlib.contextmanager
 def lock(state_dir: Path) -> Iterator[None]:
     """Hold the state folder for this process; make it if it is missing.
 
     Raises:
         AlreadyRunning: Another process holds it.
-        NeedsHuman: It cannot be made or written.
+        NeedsHuman: It cannot be made or written, or is another user's.
     """
+    check_state_dir(state_dir)
     try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file = (state_dir / "lock").open("a+")
+        file = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise NeedsHuman(
-            f"state_dir {state_dir} cannot be used: {error.strerror}",
-            hint="make it, and give it to regd's user",
-        ) from None
-    with file:
+        hint = "let regd's user write there; if the disk is full, free some space"
+        raise _unfit(state_dir, f"cannot be used: {error.strerror}", hint) from None
+    try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = os.pread(file, 100, 0).decode() or "unknown"
             raise AlreadyRunning(
                 f"another regd (process {holder}) works with {state_dir}",
                 hint="stop it, or give this one its own state_dir and data_root",
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        os.ftruncate(file, 0)
+        with contextlib.suppress(OSError):  # on a full disk it is held all the same
+            os.write(file, str(os.getpid()).encode())
         yield
+    finally:
+        os.close(file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +191,7 @@ class Service:
         self._now = now
         self._clock = clock
         self._ignored = Ignored(settings.watch.ignore)
-        self.journal = Journal(settings.state_dir / FILE_NAME, now=now)
+        self.journal = self._open_journal()
         self.journal.bind_root(self.root)
         self.client = client or RegistrationClient(
             AlyxClient.from_settings(settings, sleep=self._sleep),
@@ -196,6 +239,31 @@ class Service:
     def __exit__(self, *exc: object) -> None:
         self.client.alyx.close()
         self.journal.close()
+        if self.journal.damaged:  # found in the middle of work: the next start builds a new one
+            self._set_aside("it was found damaged in the middle of work")
+
+    def _open_journal(self) -> Journal:
+        """Open the journal, or a new one in place of one that is damaged."""
+        path = self.settings.state_dir / FILE_NAME
+        try:
+            return Journal(path, now=self._now, check=True)
+        except JournalDamaged as error:
+            self._set_aside(error.reason)
+        return Journal(path, now=self._now)
+
+    def _set_aside(self, reason: str) -> None:
+        aside = set_aside(self.settings.state_dir / FILE_NAME, self._now())
+        _log.error(
+            "journal.damaged",
+            reason=reason,
+            aside=str(aside),
+            hint="nothing recorded is lost: a new journal is built from the data folder and Alyx; "
+            f"check the disk of state_dir, then: rm {shlex.quote(str(aside))}*",
+        )
+
+    def _rebuilds(self) -> bool:
+        """Say whether this journal stands in for a damaged one, and no scan has filled it yet."""
+        return self.journal.fact("scan") is None and bool(asides(self.journal.path))
 
     def end(self) -> None:
         """Have `run` or `run_once` return soon; for signal handlers."""
@@ -208,9 +276,10 @@ class Service:
         """Work until `stop` is set.
 
         Raises:
-            sqlite3.Error: The journal became unusable: let systemd start a new process.
+            JournalFailed: The journal became unusable: let systemd start a new process.
         """
         recovered = self.journal.recover()
+        self.journal.doubt_all()
         self.journal.set_fact("away", None)
         _log.info(
             "regd.started",
@@ -230,6 +299,8 @@ class Service:
         threading.Thread(target=self._greet, name="greet", daemon=True).start()
         try:
             self._loop()
+        except JournalFailed as error:
+            self._fail(error)
         finally:
             self.stop.set()
             self._tell()
@@ -253,7 +324,8 @@ class Service:
             Unauthorized: Alyx does not accept the credentials.
         """
         self.journal.recover()
-        result = self.scanner.scan(self._now(), everything=everything)
+        self.journal.doubt_all()
+        result = self.scanner.scan(self._now(), everything=everything, rebuild=self._rebuilds())
         workers = self._start_workers()
         try:
             while not self.stop.is_set() and self._failed is None:
@@ -295,9 +367,16 @@ class Service:
                         self._news.wait(self._idle_s())
         except Exception as error:
             if not self.stop.is_set():
-                _log.exception("worker.died")
-                self._failed = error
-                self.end()
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End all of it because of an error that is no session's."""
+        if isinstance(error, JournalFailed):
+            _log.error("journal.failed", reason=error.reason, hint=error.hint)
+        else:
+            _log.error("worker.died", exc_info=error)
+        self._failed = error
+        self.end()
 
     def step(self) -> bool:
         """Try Alyx again if it was away, or do the job of one session; False if nothing was due.
@@ -325,7 +404,7 @@ class Service:
         for thread in workers:
             thread.join(max(0.0, deadline - time.monotonic()))
         put_back = 0
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(JournalFailed, sqlite3.Error):
             put_back = self.journal.recover()
         _log.info("regd.stopped", put_back=put_back)
 
@@ -350,6 +429,8 @@ class Service:
             self.client.alyx.greet()
         except Stopping:
             return False
+        except JournalFailed:
+            raise
         except (TryLater, Unauthorized) as again:
             self.gate.close(again)
         except RegdError as other:
@@ -499,7 +580,10 @@ class Service:
         started_at = self._clock()
         try:
             check_root(self.root, self.journal)
-            result = self.scanner.scan(self._now(), below=below, everything=everything)
+            rebuild = not below and self._rebuilds()
+            result = self.scanner.scan(
+                self._now(), below=below, everything=everything, rebuild=rebuild
+            )
         except DataRootAway as error:
             self.gate.close(error)
             return

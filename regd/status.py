@@ -11,7 +11,7 @@ from typing import Any
 
 from regd.alyx import AlyxClient
 from regd.errors import RegdError
-from regd.journal import FileRow, Journal
+from regd.journal import FileRow, Journal, asides
 from regd.model import FileState, SessionState
 from regd.settings import Settings
 
@@ -29,7 +29,8 @@ def report(settings: Settings, journal: Journal) -> Report:
         journal: What is known.
 
     Returns:
-        A dict that JSON can hold: ``data_root``, ``daemon``, ``alyx``, ``sessions`` and ``files``
+        A dict that JSON can hold: ``data_root``, ``daemon``, ``damaged_journals`` (those set aside
+        and not yet removed by a person), ``alyx``, ``sessions`` and ``files``
         (how many are in each state), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
         ``refused``, ``unfinished`` (files; the latter are written to for very long, or the disk
         fails on them), ``strays``, ``backlog``, ``needs_human`` (how many things a person has to
@@ -51,6 +52,7 @@ def report(settings: Settings, journal: Journal) -> Report:
     return {
         "data_root": journal.fact("data_root"),
         "daemon": {"running": running},
+        "damaged_journals": [str(path) for path in asides(journal.path)],
         "alyx": _alyx(settings, journal, running),
         "sessions": {str(state): count for state, count in sessions.items()},
         "files": {str(state): count for state, count in in_files.items()},

@@ -29,6 +29,7 @@ from regd.errors import (
     FileHeld,
     FileRefused,
     InvalidPath,
+    JournalFailed,
     NeedsHuman,
     NoDatasetType,
     PathTaken,
@@ -179,7 +180,7 @@ class Worker:
         A session's own failure never escapes: it becomes the row's next state.
 
         Raises:
-            sqlite3.Error: The journal is unusable: let systemd start a new process.
+            JournalFailed: The journal is unusable: let systemd start a new process.
         """
         if self.gate.error is not None or self.stop.is_set():
             return False
@@ -226,7 +227,7 @@ class Worker:
             return self._park(row, error.reason, error.hint)
         except OSError as error:
             return self._again(row, _of_disk(error))
-        except sqlite3.Error:
+        except (JournalFailed, sqlite3.Error):
             raise
         except Exception as error:  # a fault in regd: this session's, not everybody's
             _log.exception("session.failed")
