@@ -554,6 +554,14 @@ class Journal:
         )
         return {row[0]: _file(row) for row in rows}
 
+    def is_settling(self, session: int) -> bool:
+        """Say whether any file of a session is to be looked at again."""
+        return bool(
+            self._rows(
+                "SELECT 1 FROM file WHERE state = 'settling' AND session_id = ? LIMIT 1", session
+            )
+        )
+
     def ready_files(self, session: int, limit: int) -> list[FileRow]:
         """Return at most `limit` files that are ready to be registered; all of them if it is -1."""
         rows = self._rows(

@@ -287,6 +287,8 @@ class Worker:
             if self.settings.register.files:
                 wait_s = self._collect(row, blocked)
                 self._register(row, session, blocked)
+                if wait_s is None and self.journal.is_settling(row.id):
+                    wait_s = 0.0  # written to, or gone, since it was hashed: look again
                 if row.doubt and wait_s is None and not blocked:
                     self.journal.set_doubt(row.id, False)  # every file has been compared
             if flagged:
@@ -452,7 +454,7 @@ class Worker:
             with self.stillness_lock:
                 self.stillness.held(full, self.clock())
             return self._still_settling(new, old, held=True)
-        except FileChanged:
+        except (FileChanged, FileNotFoundError):  # the next pass sees what is there now
             return self._still_settling(new, old)
         except OSError as error:
             return _block(new, _of_disk(error, key, "read"), blocked)
