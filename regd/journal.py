@@ -470,6 +470,38 @@ class Journal:
                 {"now": self._now(), "settle_s": UNKNOWN_OUTCOME_S},
             ).rowcount
 
+    def shift(self, by_s: float) -> None:
+        """Keep every wait as long as it was, after the clock was set by so many seconds."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE session SET due_at = due_at + :by, hinted_at = hinted_at + :by,"
+                " not_before = CASE WHEN not_before > 0 THEN not_before + :by ELSE 0 END"
+                " WHERE state IN ('waiting', 'held', 'working')",
+                {"by": by_s},
+            )
+
+    def clamp(self, waiting_s: float, held_s: float) -> int:
+        """Have soon what waits longer than anything can; return how many sessions that were.
+
+        The clock was set back while nobody was there to see it.
+
+        Args:
+            waiting_s: The longest that a waiting session can wait, in seconds.
+            held_s: The longest that a held one can.
+        """
+        with self._write() as db:
+            return db.execute(
+                "UPDATE session SET due_at = :soon, not_before = min(not_before, :soon)"
+                " WHERE state IN ('waiting', 'held')"
+                " AND due_at > :now + CASE state WHEN 'held' THEN :held ELSE :waiting END",
+                {
+                    "now": self._now(),
+                    "soon": self._now() + UNKNOWN_OUTCOME_S,
+                    "waiting": waiting_s,
+                    "held": held_s,
+                },
+            ).rowcount
+
     def doubt_all(self) -> None:
         """Note that Alyx may hold more than the journal says: a power cut undoes commits."""
         with self._write() as db:

@@ -6,6 +6,9 @@ import datetime
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 
+LONGEST_AFTER_S = 3600.0
+"""The longest wait that a server can ask for, in seconds."""
+
 
 def backoff_s(attempt: int, first_s: float, longest_s: float, chance: Callable[[], float]) -> float:
     """Return the wait before attempt number `attempt` + 1, in seconds.
@@ -37,5 +40,5 @@ def retry_after_s(value: str | None, now: datetime.datetime) -> float | None:
             seconds = (parsedate_to_datetime(value) - now).total_seconds()
         except (ValueError, TypeError, OverflowError):
             return None
-    # an hour at most: a server that is wrong about this must not put a rig to sleep for good
-    return min(max(seconds, 0.0), 3600.0) if seconds == seconds else None
+    # a server that is wrong about this must not put a rig to sleep for good
+    return min(max(seconds, 0.0), LONGEST_AFTER_S) if seconds == seconds else None

@@ -37,17 +37,19 @@ from regd.logs import Recurring, get_logger
 from regd.model import FileState, SessionState
 from regd.paths import Ignored, could_become_session, parse_session, session_depth
 from regd.registration import RegistrationClient
+from regd.retries import LONGEST_AFTER_S
 from regd.scan import Scanner, ScanResult
 from regd.settings import Settings, SettingsError, credentials, credentials_hint
-from regd.settle import Stillness
+from regd.settle import Steadiness, Stillness
 from regd.watch import Hint, Watcher
-from regd.worker import Gate, Worker, check_root
+from regd.worker import HELD_LONGEST_S, Gate, Worker, check_root
 
 STOP_WITHIN_S = 4.0
 """How long what is in hand may take to finish after SIGTERM, in seconds."""
 _TICK_S = 1.0  # how often the journal is asked for what other processes want
 _REMIND_S = 3600.0
 _AFTER_OVERFLOW_S = 30.0
+_HELD_UP_S = 0.5
 _REREAD_S = 5.0  # how often the settings are read while Alyx refuses the credentials in them
 _log = get_logger()
 
@@ -216,6 +218,9 @@ class Service:
         self._news = threading.Condition()
         self._news_count = 0
         self._failed: BaseException | None = None
+        self._steadiness = Steadiness()
+        self._steadiness_lock = threading.Lock()
+        self._check_clock()
         self._away = {
             kind: Recurring(_log, f"{kind}.away", f"{kind}.back", every_s=_REMIND_S, clock=clock)
             for kind in ("alyx", "root")
@@ -278,8 +283,7 @@ class Service:
         Raises:
             JournalFailed: The journal became unusable: let systemd start a new process.
         """
-        recovered = self.journal.recover()
-        self.journal.doubt_all()
+        recovered = self._recover()
         self.journal.set_fact("away", None)
         _log.info(
             "regd.started",
@@ -323,8 +327,7 @@ class Service:
             TryLater: Alyx is away; what is left waits in the journal.
             Unauthorized: Alyx does not accept the credentials.
         """
-        self.journal.recover()
-        self.journal.doubt_all()
+        self._recover()
         result = self.scanner.scan(self._now(), everything=everything, rebuild=self._rebuilds())
         workers = self._start_workers()
         try:
@@ -344,6 +347,38 @@ class Service:
         report(progress(self.journal))
         return result
 
+    def _recover(self) -> int:
+        """Take on the work that the process before left; return how much of it was in hand."""
+        recovered = self.journal.recover()
+        self.journal.doubt_all()
+        self._clamp()
+        return recovered
+
+    def _clamp(self) -> None:
+        waiting_s = max(
+            LONGEST_AFTER_S, self.settings.retry.longest_s, self.settings.settle.quiet_s
+        )
+        self.journal.clamp(waiting_s, HELD_LONGEST_S)
+
+    def _check_clock(self) -> None:
+        """See whether the wall clock was set; if it was, keep the waits as long as they were."""
+        with self._steadiness_lock:
+            now = self._clock()
+            wall = self._now()
+            if self._clock() - now > _HELD_UP_S:
+                return  # the two were not read at the same time
+            by_s = self._steadiness.jump_s(wall, now)
+            with self.worker.stillness_lock:
+                self.worker.stillness.see_clocks(wall, now)
+            if by_s:
+                _log.warning(
+                    "clock.jumped", by_s=round(by_s, 1), reason="the clock was set, or all slept"
+                )
+                self.journal.shift(by_s)
+                self._clamp()
+        if by_s:
+            self._tell()
+
     # --- threads ---------------------------------------------------------------------------------
 
     def _start_workers(self) -> list[threading.Thread]:
@@ -359,6 +394,7 @@ class Service:
     def _work(self) -> None:
         try:
             while not self.stop.is_set():
+                self._check_clock()
                 seen = self._news_count
                 if self.step():
                     continue
@@ -536,6 +572,7 @@ class Service:
         version = -1
         everything = False
         while not self.stop.is_set():
+            self._check_clock()
             if (identity := _identity(self.root)) != known_root:
                 known_root = identity
                 next_scan_at = self._clock()

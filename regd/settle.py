@@ -13,7 +13,30 @@ from dataclasses import dataclass, field
 from regd.model import Signature
 
 _STAMP_SLACK_S = 0.5  # a file system's clock may lag the kernel's by a timer tick or more
+_JUMP_S = 2.0  # a clock that is only drawn straight moves by less from one look to the next
 _HELD_LEAST_S = 1.0  # between two looks at a file held open, even where `quiet_s` is 0
+
+
+@dataclass(slots=True)
+class Steadiness:
+    """Notices when the wall clock is set, by comparing it with the monotonic one.
+
+    A computer that slept is as one whose clock was set: monotonic seconds do not count that time.
+    """
+
+    _ahead_s: float | None = None
+
+    def jump_s(self, wall: float, now: float) -> float:
+        """Return by how many seconds the wall clock was set since the last call; 0 if it was not.
+
+        Args:
+            wall: Seconds since 1970.
+            now: Monotonic seconds, read at the same time.
+        """
+        ahead_s = wall - now
+        by_s = 0.0 if self._ahead_s is None else ahead_s - self._ahead_s
+        self._ahead_s = ahead_s
+        return by_s if abs(by_s) > _JUMP_S else 0.0
 
 
 @dataclass(slots=True)
@@ -38,6 +61,8 @@ class Stillness:
     _sights: dict[str, _Sight] = field(default_factory=dict)
     _closed: dict[str, float] = field(default_factory=dict)
     _held: dict[str, float] = field(default_factory=dict)
+    _steadiness: Steadiness = field(default_factory=Steadiness)
+    _jumped_at: float | None = None
 
     def closed(self, path: str, now: float) -> None:
         """Note that a writer closed `path`, or moved it into place."""
@@ -48,6 +73,28 @@ class Stillness:
         """Note that a program was found to have `path` open for writing."""
         self._held[path] = now
 
+    def see_clocks(self, wall: float, now: float) -> None:
+        """Note how the wall clock stands to the monotonic one."""
+        if self._steadiness.jump_s(wall, now):
+            self._jumped_at = now
+
+    def untouched_s(self, touched_at: float, wall: float, now: float) -> float | None:
+        """Return the seconds since a file was last touched by its own stamps; None if unknown.
+
+        A stamp of the future tells nothing. Nor does any for `quiet_s` after the wall clock was
+        set: a file being written just then looks as if nobody had touched it for as long as the
+        clock went ahead. What is touched later has a stamp of the clock as it is.
+
+        Args:
+            touched_at: The newer of its mtime and ctime, seconds since 1970.
+            wall: Seconds since 1970.
+            now: Monotonic seconds, read at the same time.
+        """
+        self.see_clocks(wall, now)
+        if self._jumped_at is not None and now - self._jumped_at < self.quiet_s:
+            return None
+        return wall - touched_at if wall >= touched_at else None
+
     def remaining_s(
         self, path: str, signature: Signature, untouched_s: float | None, now: float
     ) -> float:
@@ -56,9 +103,7 @@ class Stillness:
         Args:
             path: Any name that is unique to the file.
             signature: The file's size and modification time at `now`.
-            untouched_s: Seconds since the file was last touched by its own stamps (the newer of
-                mtime and ctime, which no copying tool can set back), or None where the stamps
-                cannot be compared with this clock.
+            untouched_s: As `untouched_s` tells; no copying tool can set back a ctime.
         """
         sight = self._sights.get(path)
         closed_at = self._closed.get(path)

@@ -57,7 +57,8 @@ from regd.settings import Settings
 from regd.settle import Stillness
 
 NOT_ON_ALYX = "Alyx does not know this session, and it has no flag"
-_HELD_LONGEST_S = 6 * 3600.0  # a held session is looked up again after this long at most
+HELD_LONGEST_S = 6 * 3600.0
+"""A held session is looked up again after so many seconds at most."""
 _PROBE_FIRST_S, _PROBE_LONGEST_S = 2.0, 60.0  # between two attempts to reach Alyx again
 # the same for credentials that it refused: each attempt may bring their account nearer to a lock
 _LOGIN_FIRST_S, _LOGIN_LONGEST_S = 60.0, 900.0
@@ -365,7 +366,7 @@ class Worker:
         if row.reason != NOT_ON_ALYX:
             _log.info("session.held", reason=NOT_ON_ALYX, hint=hint)
         attempt = row.attempt + 1
-        wait_s = backoff_s(attempt, self.settings.scan.every_s, _HELD_LONGEST_S, self.chance)
+        wait_s = backoff_s(attempt, self.settings.scan.every_s, HELD_LONGEST_S, self.chance)
         return _Next(SessionState.HELD, self.now() + wait_s, attempt, NOT_ON_ALYX, hint)
 
     # --- collect ---------------------------------------------------------------------------------
@@ -490,15 +491,10 @@ class Worker:
         return replace(new, reason=reason, hint=hint)
 
     def _remaining_s(self, full: str, found: files.Found) -> float:
-        untouched_s = self.now() - found.touched_ns / 1e9
+        wall, now = self.now(), self.clock()
         with self.stillness_lock:
-            return self.stillness.remaining_s(
-                full,
-                found.signature,
-                # stamps of the future come from another clock, or from one that jumped
-                untouched_s if untouched_s >= 0 else None,
-                self.clock(),
-            )
+            untouched_s = self.stillness.untouched_s(found.touched_ns / 1e9, wall, now)
+            return self.stillness.remaining_s(full, found.signature, untouched_s, now)
 
     def _finish_moves(self, row: SessionRow, blocked: _Blocked) -> None:
         """Bring to an end every move that was interrupted; a file is found at either end."""

@@ -973,3 +973,23 @@ def test_threads_share_a_journal(journal: Journal) -> None:
     for thread in threads:
         thread.join()
     assert len(journal.sessions()) == 60
+
+
+# --- a clock that is set -------------------------------------------------------------------------
+
+
+def test_waits_keep_their_length_when_the_clock_is_set(journal: Journal, clock: Clock) -> None:
+    note(journal, due_at=clock.now + 60)
+    clock.now -= 5 * 3600
+    journal.shift(-5 * 3600)
+    assert journal.next_due_at() == clock.now + 60
+
+
+def test_what_waits_longer_than_anything_can_is_due_soon(journal: Journal, clock: Clock) -> None:
+    note(journal, due_at=clock.now + 60)
+    assert journal.clamp(3600, 6 * 3600) == 0
+    clock.now -= 86400
+    assert journal.clamp(3600, 6 * 3600) == 1
+    due_at = journal.next_due_at()
+    assert due_at is not None
+    assert clock.now < due_at <= clock.now + UNKNOWN_OUTCOME_S

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regd.model import Signature
-from regd.settle import Stillness
+from regd.settle import Steadiness, Stillness
 
 steady = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -202,3 +202,69 @@ def test_the_wait_is_never_negative_nor_longer_than_quiet_s(
     still = fresh()
     for now in (first, first + second):
         assert 0.0 <= still.remaining_s("f", A, untouched, now) <= 30.0
+
+
+# --- a clock that is set -------------------------------------------------------------------------
+
+HOUR = 3600.0
+
+
+def test_a_clock_that_is_set_is_noticed_once() -> None:
+    clocks = Steadiness()
+    assert clocks.jump_s(1000.0, 5.0) == 0.0
+    assert clocks.jump_s(1010.0, 15.0) == 0.0
+    assert clocks.jump_s(1010.0 + HOUR, 15.0) == HOUR
+    assert clocks.jump_s(1020.0 + HOUR, 25.0) == 0.0
+    assert clocks.jump_s(1030.0 - HOUR, 35.0) == -2 * HOUR
+
+
+@given(st.lists(st.floats(-1.9, 1.9), max_size=50))
+@steady
+def test_a_clock_that_is_drawn_straight_is_not_set(steps: list[float]) -> None:
+    clocks, wall = Steadiness(), 1e9
+    for n, step in enumerate(steps):
+        wall += 1.0 + step
+        assert clocks.jump_s(wall, float(n)) == 0.0
+
+
+def test_after_a_jump_a_file_has_to_be_seen_standing_still() -> None:
+    still = fresh()
+    wall, now = 1e9, 50.0
+    touched_at = wall - 1.0  # it is being written
+    assert still.untouched_s(touched_at, wall, now) == 1.0
+    wall += HOUR
+    assert still.untouched_s(touched_at, wall, now) is None
+    assert still.untouched_s(touched_at, wall + 29.9, now + 29.9) is None
+    # whoever wrote to it since did so by the new clock
+    assert still.untouched_s(touched_at, wall + 30.0, now + 30.0) == HOUR + 31.0
+
+
+def test_a_clock_seen_before_any_file() -> None:
+    still = fresh()
+    still.see_clocks(100.0, 5.0)  # 1970, as a computer without a battery starts
+    assert still.untouched_s(99.0, 1.7e9, 10.0) is None
+
+
+def test_a_stamp_of_the_future_tells_nothing() -> None:
+    assert fresh().untouched_s(1e9 + 1, 1e9, 0.0) is None
+
+
+@given(
+    jump=st.floats(-1e9, 1e9).filter(lambda s: abs(s) > 2.1),
+    pause=st.floats(0.01, 29.0),
+    writes=st.integers(1, 20),
+    jump_at=st.integers(0, 20),
+)
+@steady
+def test_no_jump_makes_a_file_that_is_written_to_look_finished(
+    jump: float, pause: float, writes: int, jump_at: int
+) -> None:
+    still, wall, now = fresh(), 1.7e9, 0.0
+    still.see_clocks(wall, now)
+    for n in range(writes):
+        touched_at = wall
+        if n == jump_at:
+            wall += jump
+        wall, now = wall + pause, now + pause
+        at = still.untouched_s(touched_at, wall, now)
+        assert still.remaining_s("f", Signature(n + 1, n), at, now) > 0
