@@ -9,9 +9,10 @@
 #
 # In regd.yaml, data_root is the path inside: /data. --user names who owns the recordings: regd must
 # be able to write there, because it removes flags and moves files into revision folders, and to read
-# the token. Only of that user's own files can regd ask the kernel whether a program still has them
-# open for writing; of others' it goes by stillness alone. With another user than the 10001 below,
-# the state folder must be that user's, too: chown the volume once, or bind a folder of theirs.
+# the token, whose file must not be open to everybody (chmod o=). Only of that user's own files can
+# regd ask the kernel whether a program still has them open for writing; of others' it goes by
+# stillness alone. With another user than the 10001 below, the state folder must be that user's,
+# too: chown the volume once, or bind a folder of theirs.
 #
 # Files are noticed at once only if the recordings are on a disk of the machine that runs the
 # container. For a network drive set watch.observer to polling; the scan finds everything anyway.

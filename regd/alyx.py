@@ -49,6 +49,9 @@ _log = get_logger()
 Params = Mapping[str, Any] | list[tuple[str, str]]
 
 _PAGE = 1000  # Alyx's own maximum
+_MOST_PAGES = 10_000
+_LARGEST_BODY = 64 * 2**20  # bytes; a session of 100,000 datasets is told in less
+_LONGEST_TEXT = 1000  # characters of what Alyx says of an error
 _BLIP_ATTEMPTS = 4
 _BLIP_FIRST_S = 0.25
 _BLIP_LONGEST_S = 60.0  # as long as a minute's rate limit can ask for
@@ -286,6 +289,8 @@ class AlyxClient:
             if query in seen:
                 raise AlyxAway(f"{self.base_url}{path} lists its pages in a circle")
             seen.append(query)
+            if len(seen) > _MOST_PAGES:
+                raise AlyxAway(f"{self.base_url}{path} lists pages without end")
             answer = self._request("GET", path, params=query)
             paged = isinstance(answer, dict)
             records = answer.get("results") if paged else answer
@@ -297,6 +302,8 @@ class AlyxClient:
                 return
             # only the query of `next` is taken: behind a proxy its host may be the wrong one
             after = answer.get("next")
+            if after and not records:
+                raise AlyxAway(f"{self.base_url}{path} names a next page after an empty one")
             query = _query_of(after) if after else None
 
     def rest(
@@ -410,7 +417,8 @@ class AlyxClient:
         content = {key: value for key, value in content.items() if value is not None}
         where = f"{method} {self.base_url}{path}"
         try:
-            return self._http.request(method, path, headers=headers, **content)
+            with self._http.stream(method, path, headers=headers, **content) as answer:
+                return _whole(answer)
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
             # its text would repeat the header, and with it the token
             raise InvalidInput(f"{where} cannot be sent: check alyx.url and alyx.token") from None
@@ -447,14 +455,42 @@ class AlyxClient:
             if answer.status_code == 400 and _json(answer) is not None:
                 login.refused_until = self._clock() + _REFUSED_S
                 raise wrong
-            try:
-                login.token = str(_read(answer)["token"])
-            except (KeyError, TypeError):
-                raise AlyxAway(f"{self.base_url}/auth-token answered without a token") from None
-            return login.token
+            body = _read(answer)
+            token = body.get("token") if isinstance(body, dict) else None
+            # anything else cannot stand in a header
+            if not isinstance(token, str) or not re.fullmatch(r"[!-~]{1,1000}", token):
+                raise AlyxAway(f"{self.base_url}/auth-token answered without a token")
+            login.token = token
+            return token
 
 
 # --- what an answer means ------------------------------------------------------------------------
+
+
+def _whole(answer: httpx.Response) -> httpx.Response:
+    """Return an answer with its body, read and unpacked piece by piece up to a limit.
+
+    Raises:
+        AlyxAway: It is too large to be held in memory.
+    """
+    body = bytearray()
+    for piece in answer.iter_bytes():
+        body += piece
+        if len(body) > _LARGEST_BODY:
+            raise AlyxAway(
+                f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
+                f" answered with more than {_LARGEST_BODY} bytes",
+                hint="is alyx.url the address of Alyx?",
+                unknown_outcome=True,
+            )
+    headers = {k: v for k, v in answer.headers.items() if k != "content-encoding"}
+    return httpx.Response(
+        answer.status_code,
+        headers=headers,
+        content=bytes(body),
+        request=answer.request,
+        extensions=answer.extensions,
+    )
 
 
 def _read(answer: httpx.Response) -> Any:
@@ -605,11 +641,11 @@ def _sentence(body: dict[str, Any]) -> str:
     """Return what an error answer says, on one line."""
     for key in ("detail", "error"):
         if isinstance(body.get(key), str):
-            return " ".join(body[key].split())
+            return " ".join(body[key].split())[:_LONGEST_TEXT]
     fields = {k: v for k, v in body.items() if k != "status_code"}
     return "; ".join(
         f"{k}: {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in fields.items()
-    )
+    )[:_LONGEST_TEXT]
 
 
 def _asked_s(answer: httpx.Response) -> float | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.padding import Padding
 from rich.table import Table
 
@@ -35,8 +35,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# emoji: a file called a:dog:b is shown as it is
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 Config = Annotated[
     Path | None,
@@ -48,6 +49,13 @@ Config = Annotated[
     ),
 ]
 _DEFAULT_CONFIG = Path("/etc/regd/regd.yaml")
+
+
+def escape(text: str) -> str:
+    """Return a text from elsewhere as it may be shown, whatever a file is called."""
+    from regd.errors import printable
+
+    return escape_markup(printable(text))
 
 
 def main() -> None:
@@ -437,9 +445,10 @@ def retry(
 
 def _folder_of(session: str, settings: Settings) -> str:
     """Return a session's folder below the data root, of it or a file in it, here or on the disk."""
+    from regd.errors import printable
     from regd.paths import session_depth
 
-    path = Path(session)
+    path = Path(printable(session))  # no session is called otherwise
     if path.is_absolute() and settings.data_root is not None:
         root = settings.data_root.resolve()
         if path.resolve().is_relative_to(root):

@@ -324,6 +324,7 @@ class _Demo:
 
     def _start_daemon(self, url: str) -> _Daemon:
         self._data.mkdir()
+        self._config.touch(mode=0o600)  # it holds a password
         self._config.write_text(_settings(self._data, self._state, url))
         daemon = _Daemon(self._config, self._log, self._show_log)
         self._stack.callback(daemon.close)

@@ -10,8 +10,19 @@ from __future__ import annotations
 from one.alf.exceptions import ALFError, ALFInvalid, AlyxSubjectNotFound
 
 
+def printable(text: str) -> str:
+    """Return `text` with every byte that is not UTF-8 and every control character shown escaped."""
+    if text.isprintable():
+        return text
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class RegdError(Exception):
     """Base of everything regd raises.
+
+    Whatever a file is called and whatever Alyx says, the texts are one line that any journal, log
+    and terminal takes.
 
     Args:
         message: What happened and where, one line.
@@ -19,9 +30,9 @@ class RegdError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.reason = message
-        self.hint = hint
+        self.reason = printable(message)
+        self.hint = printable(hint)
+        super().__init__(self.reason)
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.hint})" if self.hint else self.reason

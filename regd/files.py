@@ -30,6 +30,8 @@ from regd.paths import parse_dataset
 _RENAME_NOREPLACE = 1
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_LONGEST_FOLDER = 255  # characters; ALF allows no more, and each level keeps a folder open
+_NOTHING_KNOWN = Signature(0, 0)  # no size and no time are made up
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 # The f_type (statfs(2)) of NFS and of the three clients for Windows shares.
@@ -44,7 +46,8 @@ class Found:
         path: Its path below the folder walked, '/' between the parts.
         signature: Its size and modification time.
         touched_ns: The newer of mtime and ctime, nanoseconds since 1970.
-        kind: 'file', 'link', 'other' (a device, a socket, a pipe), or 'unreadable'.
+        kind: 'file', 'link', 'other' (a device, a socket, a pipe), 'unreadable', or 'deep' (a
+            folder whose path is longer than Alyx takes, and that was not entered).
     """
 
     path: str
@@ -58,51 +61,72 @@ class Found:
         return self.signature.mtime_ns / 1e9
 
 
-def walk(folder: Path, ignored: Any = None, prefix: str = "") -> Iterator[Found]:
-    """Yield every file, link and special file below `folder`, following no link.
+def walk(root: Path, folder: str = "", ignored: Any = None) -> Iterator[Found]:
+    """Yield every file, link and special file below a folder, following no link.
 
     Args:
-        folder: An existing folder.
-        ignored: Called with ``prefix + '/' + path``; what it says True to is left out, with all
+        root: The data root.
+        folder: An existing folder below it; '' for the root itself.
+        ignored: Called with ``folder + '/' + path``; what it says True to is left out, with all
             that is below it.
-        prefix: Put before each path for `ignored`.
 
     Raises:
         OSError: `folder` itself cannot be read.
     """
-    stack = [""]
-    while stack:
-        inner = stack.pop()
+    with open_folder(root, folder) as top:
+        # the folders from `top` down to the one above that which is listed, so that none is
+        # looked up by its path again
+        above = [top]
+        stack = [("", 0)]
         try:
-            entries = list(os.scandir(folder / inner))
-        except (FileNotFoundError, NotADirectoryError):
-            if not inner:
-                raise
-            continue  # it went away since it was listed
-        except OSError:
-            if not inner:
-                raise
-            # nothing is known of it, so no size and no time are made up
-            yield Found(inner, Signature(0, 0), 0, "unreadable")
-            continue
-        for entry in entries:
-            path = f"{inner}/{entry.name}" if inner else entry.name
-            if ignored is not None and ignored(f"{prefix}/{path}"):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                stack.append(path)
-                continue
-            try:
-                yield _found(path, entry.stat(follow_symlinks=False))
-            except FileNotFoundError:
-                continue
-            except PermissionError:
-                yield Found(path, Signature(0, 0), 0, "unreadable")
+            while stack:
+                inner, depth = stack.pop()
+                while len(above) > max(depth, 1):
+                    os.close(above.pop())
+                if len(inner) > _LONGEST_FOLDER:
+                    yield Found(inner, _NOTHING_KNOWN, 0, "deep")
+                    continue
+                try:
+                    descriptor = _open_inner(above, inner, depth)
+                    with os.scandir(descriptor) as listed:
+                        entries = list(listed)
+                except (FileNotFoundError, NotADirectoryError):
+                    if not inner:
+                        raise
+                    continue  # it went away since it was listed
+                except OSError:
+                    if not inner:
+                        raise
+                    yield Found(inner, _NOTHING_KNOWN, 0, "unreadable")
+                    continue
+                for entry in entries:
+                    path = f"{inner}/{entry.name}" if inner else entry.name
+                    if ignored is not None and ignored(f"{folder}/{path}"):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        stack.append((path, depth + 1))
+                        continue
+                    try:
+                        yield _found(path, entry.stat(follow_symlinks=False))
+                    except FileNotFoundError:
+                        continue
+                    except PermissionError:
+                        yield Found(path, _NOTHING_KNOWN, 0, "unreadable")
+        finally:
+            for descriptor in above[1:]:
+                os.close(descriptor)
+
+
+def _open_inner(above: list[int], inner: str, depth: int) -> int:
+    """Open a folder below the last of those that are open, and add it to them."""
+    if depth:
+        above.append(os.open(inner.rpartition("/")[2], _FOLDER, dir_fd=above[-1]))
+    return above[-1]
 
 
 def signature_of(status: os.stat_result) -> Signature:
-    # a time stamp after the year 2262 does not fit into the journal's 64 bits
-    return Signature(status.st_size, min(status.st_mtime_ns, 2**63 - 1))
+    # time stamps before 1677 and after 2262 do not fit into the journal's 64 bits
+    return Signature(status.st_size, max(-(2**63), min(status.st_mtime_ns, 2**63 - 1)))
 
 
 def _found(path: str, status: os.stat_result) -> Found:
@@ -275,21 +299,39 @@ def _digest(file: Any) -> str:
     return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def occupied_revisions(session: Path, relative: str) -> set[str]:
+def occupied_revisions(root: Path, folder: str, relative: str) -> set[str]:
     """Return the revisions beside a file whose folder holds a file of the same name.
 
     Args:
-        session: The session folder.
-        relative: The file's path below it, in a revision folder or not.
+        root: The data root.
+        folder: A session folder below it.
+        relative: The file's path below `folder`, in a revision folder or not.
     """
     place = parse_dataset(relative)
-    return {
-        entry.name[1:-1]
-        for entry in os.scandir(session / place.collection)
-        if len(entry.name) > 2 and entry.name[0] == entry.name[-1] == "#"
-        # a dangling link occupies the name, too
-        if os.path.lexists(f"{entry.path}/{place.name}")
-    }
+    with (
+        open_folder(root, f"{folder}/{place.collection}") as descriptor,
+        os.scandir(descriptor) as entries,
+    ):
+        return {
+            entry.name[1:-1]
+            for entry in entries
+            if len(entry.name) > 2 and entry.name[0] == entry.name[-1] == "#"
+            if _holds(descriptor, entry.name, place.name)
+        }
+
+
+def _holds(above: int, folder: str, name: str) -> bool:
+    try:
+        descriptor = os.open(folder, _FOLDER, dir_fd=above)
+    except OSError:
+        return False  # no folder, or a link: nothing can be moved into it
+    try:
+        os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True  # a dangling link occupies the name, too
 
 
 def _check_signature(file: Any, expected: Signature, relative: str) -> os.stat_result:

@@ -15,7 +15,7 @@ from pathlib import PurePath
 
 from one.alf import spec
 
-from regd.errors import InvalidPath
+from regd.errors import InvalidPath, printable
 from regd.model import DatasetPath, SessionPath
 
 _PART = dict(spec._DEFAULT)
@@ -183,9 +183,3 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def printable(text: str) -> str:
-    """Return `text` with every byte that is not UTF-8 and every control character shown escaped."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -6,14 +6,19 @@ is no Alyx, or one that regd does not know.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+# an id goes into addresses and into the journal: it may be nothing else
+_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_Id = Annotated[str, Field(pattern=f"^{_UUID}$")]
+_Url = Annotated[str, Field(pattern=f"(^|/){_UUID}$")]
 
 
 class _Session(BaseModel):
-    id: str
-    url: str
+    id: _Id
+    url: _Url
 
 
 class _FoundSession(_Session):
@@ -23,7 +28,8 @@ class _FoundSession(_Session):
 
 
 class _Dataset(BaseModel):
-    url: str
+    url: _Url
+    session: _Url
     name: str
     collection: str | None
     revision: str | None
@@ -32,7 +38,10 @@ class _Dataset(BaseModel):
 
 
 class _Registered(BaseModel):
-    id: str
+    id: _Id
+    name: str
+    collection: str | None
+    revision: str | None
 
 
 class _DatasetType(BaseModel):
@@ -62,7 +71,7 @@ HISTORIES = TypeAdapter(list[dict[str, list[dict[str, bool]]]])
 def is_a(form: TypeAdapter[Any], value: object) -> bool:
     """Say whether an answer has that form."""
     try:
-        form.validate_python(value)
+        form.validate_python(value, strict=True)  # "false" would be true where it is used
     except (ValidationError, RecursionError):
         return False
     return True

@@ -334,9 +334,13 @@ class RegistrationClient:
             "date_range": f"{session.date},{session.date}",
             "number": int(session.number),
         }
-        found = self.alyx.pages("/sessions", query, FOUND_SESSION)
+        found = list(self.alyx.pages("/sessions", query, FOUND_SESSION))
         # only this very subject is meant, whatever the server's filter takes for equal
-        return [record for record in found if record["subject"] == session.subject]
+        found = [record for record in found if record["subject"] == session.subject]
+        for record in found:
+            if (str(record["start_time"])[:10], record["number"]) != session.key[1:]:
+                raise AlyxAway(f"{self.alyx.base_url}/sessions lists others than were asked for")
+        return found
 
     def create_session(self, session: SessionPath, fields: Mapping[str, Any]) -> Record:
         """Create a session that a search has not found, and return its record.
@@ -547,7 +551,7 @@ class RegistrationClient:
         moved_from: dict[str, str] = {}
         to_post = []
         for item in fixed:
-            occupied = files.occupied_revisions(folder, item.path)
+            occupied = files.occupied_revisions(folder, "", item.path)
             target = choose_destination(
                 PurePosixPath(item.path), histories[item.path], self._today(), occupied
             ).as_posix()
@@ -588,7 +592,7 @@ class RegistrationClient:
         """
         body = registration_body(session, items, checked=checked, options=options)
         answer = self.alyx.post("/register-file", body, REGISTERED)
-        if len(answer) != len(items):
+        if [_place(record) for record in answer] != [parse_dataset(item.path) for item in items]:
             raise AlyxAway(
                 f"{self.alyx.base_url}/register-file did not answer with a record for each file",
                 unknown_outcome=True,
@@ -602,8 +606,7 @@ class RegistrationClient:
         found = self.search_sessions(session)
         if not found or not items:
             return {}
-        listed = self.alyx.pages("/datasets", {"session": found[0]["id"]}, DATASET)
-        by_place = {read_dataset(record).place: record for record in listed}
+        by_place = {_place(record): record for record in self._datasets_of(found[0]["id"])}
         unchanged = {}
         for item in items:
             record = by_place.get(parse_dataset(item.path))
@@ -614,8 +617,13 @@ class RegistrationClient:
 
     def datasets(self, eid: str) -> list[Dataset]:
         """Return all datasets of a session, whether or not they exist in any repository."""
-        listed = self.alyx.pages("/datasets", {"session": eid}, DATASET)
-        return [read_dataset(record) for record in listed]
+        return [read_dataset(record) for record in self._datasets_of(eid)]
+
+    def _datasets_of(self, eid: str) -> Iterator[Record]:
+        for record in self.alyx.pages("/datasets", {"session": eid}, DATASET):
+            if str(record["session"])[-36:] != eid:
+                raise AlyxAway(f"{self.alyx.base_url}/datasets lists those of another session")
+            yield record
 
     def _creator(self, created_by: str | None) -> dict[str, str]:
         user = created_by or self.alyx.user
@@ -819,13 +827,15 @@ def read_dataset(record: Mapping[str, Any]) -> Dataset:
     """Return the dataset of a record of `GET /datasets`."""
     return Dataset(
         id=str(record["url"])[-36:],
-        place=DatasetPath(
-            record["collection"] or "", record["revision"] or "", str(record["name"])
-        ),
+        place=_place(record),
         md5=record["hash"] or "",
         size=record["file_size"],
         protected=bool(record.get("protected")),
     )
+
+
+def _place(record: Mapping[str, Any]) -> DatasetPath:
+    return DatasetPath(record["collection"] or "", record["revision"] or "", record["name"])
 
 
 def _as_registered(record: Mapping[str, Any], session: Mapping[str, Any]) -> Record:

@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import PurePosixPath
 
-from regd.errors import NeedsHuman
+from regd.errors import InvalidPath, NeedsHuman
 from regd.model import Revision
+from regd.paths import parse_dataset
 
 _MOST_TRIED = 26 * 40  # names on one base; nobody protects a dataset a thousand times a day
 
@@ -34,8 +35,27 @@ def choose_destination(
         occupied: Names of revisions whose folder already holds a file of this name on the disk.
 
     Raises:
-        NeedsHuman: Every name on that base is protected or occupied.
+        NeedsHuman: Every name on that base is protected or occupied, or Alyx names a revision that
+            no folder can have.
     """
+    target = _choose(file, history, today, occupied)
+    try:
+        if target != file:  # a name that Alyx gave may be part of it
+            parse_dataset(target.as_posix())
+    except InvalidPath:
+        raise NeedsHuman(
+            f"{file} has a revision on Alyx that no folder can be named: {history[0].name[:100]!r}",
+            hint="rename that revision on Alyx; then: regd retry --all",
+        ) from None
+    return target
+
+
+def _choose(
+    file: PurePosixPath,
+    history: Sequence[Revision],
+    today: datetime.date,
+    occupied: Collection[str],
+) -> PurePosixPath:
     protected = {r.name for r in history if r.protected}
     own = own_revision(file)
     if own is not None:

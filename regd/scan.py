@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from regd import files
-from regd.errors import InvalidPath
+from regd.errors import InvalidPath, printable
 from regd.journal import FileRow, Journal, SessionRow
 from regd.logs import get_logger
 from regd.model import FileState, SessionPath, SessionState
@@ -19,7 +19,6 @@ from regd.paths import (
     could_become_session,
     is_utf8,
     parse_session,
-    printable,
 )
 from regd.settings import Settings
 
@@ -123,18 +122,22 @@ class Scanner:
     def _open(self, folder: str, result: ScanResult) -> Iterator[str]:
         """Yield the folders in one that holds sessions, and add its files to the strays."""
         try:
-            entries = list(os.scandir(self.root / folder))
-        except FileNotFoundError:
+            with files.open_folder(self.root, folder) as descriptor, os.scandir(descriptor) as all_:
+                entries = sorted(all_, key=lambda e: e.name, reverse=True)
+                yield from self._sort_out(folder, entries, result)
+        except (FileNotFoundError, NotADirectoryError):
             if not folder:
                 raise
-            return
         except OSError as error:
             if not folder:
                 raise
             hint = "give regd's user the right to read it"
             result.strays.append((folder, f"{folder}: {error.strerror}", hint))
-            return
-        for entry in sorted(entries, key=lambda e: e.name, reverse=True):
+
+    def _sort_out(
+        self, folder: str, entries: list[os.DirEntry[str]], result: ScanResult
+    ) -> Iterator[str]:
+        for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
             is_flag = entry.name == self.settings.flag
             if self.ignored(path) and not is_flag:
@@ -155,14 +158,15 @@ class Scanner:
         """Return the path, below `folder`, of one file in it, or None."""
         flag = self.settings.flag
         try:
+            if files.signature(self.root, f"{folder}/{flag}") is not None:
+                return flag
             found = next(self._walk(folder), None)
-            flagged = (self.root / folder / flag).exists()
         except OSError:
             return None
-        return flag if flagged else printable(found.path) if found else None
+        return printable(found.path) if found else None
 
     def _walk(self, folder: str) -> Iterator[files.Found]:
-        return files.walk(self.root / folder, self._is_ignored, folder)
+        return files.walk(self.root, folder, self._is_ignored)
 
     def _is_ignored(self, path: str) -> bool:
         return self.ignored(path) and not path.endswith(f"/{self.settings.flag}")
@@ -180,7 +184,7 @@ class Scanner:
         """Count one session folder and note it if it needs work."""
         try:
             found = list(self._walk(session.folder))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return  # it went away since it was listed
         except OSError as error:
             reason = f"{session.folder}: {error.strerror}"
@@ -195,7 +199,7 @@ class Scanner:
         if known is None:
             if not flagged and not found:
                 return
-            readable = [f for f in found if f.kind != "unreadable"]
+            readable = [f for f in found if f.kind not in ("unreadable", "deep")]
             newest_s = max((f.modified_s for f in readable), default=now)
             old = now - newest_s > self.settings.scan.backlog_days * _DAY_S and not flagged
             if old and not everything and not rebuild:

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import reprlib
+import shlex
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,7 +196,8 @@ def _plain_name(value: str) -> str:
 OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none), AfterValidator(_strip)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_as_path)]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
-Seconds = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+# Thirty years: what waits for longer than the system can count would fail when it is used.
+Seconds = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False, le=1e9)]
 # Python refuses to print integers of more than 4300 digits: a limit, so that all can be shown.
 Count = Annotated[int, BeforeValidator(_no_bool), Field(le=2**63 - 1)]
 OneOrMore = Annotated[Count, Field(ge=1)]
@@ -241,7 +244,7 @@ class AlyxSettings(_Section):
         default=None,
         description="Certificate file (PEM) to trust, for an Alyx with the lab's own certificate.",
     )
-    timeout_s: Annotated[Seconds, Field(gt=0)] = Field(
+    timeout_s: Annotated[Seconds, Field(gt=0, le=86400)] = Field(
         default=60, description="Seconds to wait for an answer of Alyx."
     )
     requests_per_minute: Annotated[OneOrMore | None, BeforeValidator(_blank_is_none)] = Field(
@@ -489,6 +492,7 @@ class _Layer:
     origin: str
     origins: dict[str, str] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
 
     def found(self, key: str, value: object) -> _Value:
         below = (origin for name, origin in self.origins.items() if name.startswith(f"{key}."))
@@ -514,6 +518,7 @@ def _gather(arguments: dict[str, Any], config: Path | None) -> dict[str, _Value]
     for reader in readers:
         try:
             for layer in reader():
+                mistakes += layer.mistakes
                 given |= _flat(layer, layer.values, mistakes)
         except SettingsError as error:
             mistakes += error.mistakes
@@ -592,6 +597,12 @@ def _read_secrets() -> Iterator[_Layer]:
         return
     try:
         names = sorted(path.name for path in Path(folder).iterdir())
+        exposed = [
+            mistake
+            for name in names
+            if (key := _key_of(name)) in SECRETS
+            for mistake in _exposed(Path(folder, name), key)
+        ]
         sources = [
             NestedSecretsSettingsSource(
                 Settings,  # type: ignore[arg-type]  # a class is taken as well as a source
@@ -616,11 +627,22 @@ def _read_secrets() -> Iterator[_Layer]:
         ) from None
     except pydantic_settings.SettingsError as error:
         raise SettingsError([f"{folder}: {error}; put only secret files there"]) from None
+    yield _Layer({}, folder, mistakes=exposed)
     for prefix, values in zip(("", PREFIX.lower()), found, strict=True):
         mine = [name for name in names if name.lower().startswith(prefix)]
         origins = {_key_of(name): f"secret file {Path(folder, name)}" for name in mine}
         unknown = [k for k in origins if prefix and k.split(".")[0] not in (*LEAVES, *SECTIONS)]
         yield _Layer(values | dict.fromkeys(unknown), f"secret files in {folder}", origins)
+
+
+def _exposed(path: Path, key: str) -> Iterator[str]:
+    """Yield the mistake that a file with a secret gives rights to everybody, if it does."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & stat.S_IRWXO:
+        yield (
+            f"{path}: holds {key}, and everybody on this computer has a right to it (mode "
+            f"{mode:04o}); chmod o= {shlex.quote(str(path))}"
+        )
 
 
 def _read_yaml(path: Path) -> _Layer:
@@ -668,7 +690,13 @@ def _read_yaml(path: Path) -> _Layer:
         raise SettingsError(
             [f"{path}: must hold settings as `key: value`, not a {type(values).__name__}"]
         )
-    return _Layer(values, str(path), lines=lines)
+    exposed: list[str] = []
+    for key in sorted(SECRETS):
+        section, leaf = key.split(".")
+        held = values.get(section)
+        if isinstance(held, dict) and held.get(leaf):
+            exposed += _exposed(path, key)
+    return _Layer(values, str(path), lines=lines, mistakes=exposed)
 
 
 def _lines(
@@ -772,7 +800,7 @@ def _expected(kind: str, context: Mapping[str, Any]) -> str | None:
         "less_than_equal": "must be at most {le}",
     }
     if kind in limits:
-        return limits[kind].format_map(dict(context))
+        return limits[kind].format_map({name: _text(limit) for name, limit in context.items()})
     family = kind.split("_")[0]
     return {
         "int": "must be a whole number",

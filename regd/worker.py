@@ -38,6 +38,7 @@ from regd.errors import (
     Stopping,
     TryLater,
     Unauthorized,
+    printable,
 )
 from regd.journal import UNKNOWN_OUTCOME_S, FileRow, Journal, SessionRow
 from regd.logs import bound_contextvars, get_logger
@@ -49,7 +50,7 @@ from regd.model import (
     SessionPath,
     SessionState,
 )
-from regd.paths import Ignored, is_utf8, parse_dataset, printable
+from regd.paths import Ignored, is_utf8, parse_dataset
 from regd.registration import RegistrationClient, is_protected, read_histories
 from regd.retries import backoff_s
 from regd.revisions import choose_destination
@@ -373,7 +374,7 @@ class Worker:
 
     def _walk(self, folder: str) -> Iterable[files.Found]:
         flag = self.settings.flag
-        for found in files.walk(self.root / folder, self.ignored, folder):
+        for found in files.walk(self.root, folder, self.ignored):
             if found.path != flag:
                 yield found
 
@@ -648,6 +649,8 @@ class Worker:
         one of several without saying which.
         """
         protected = [r for r in chunk if is_protected(histories.get(r.path, []))]
+        if not protected:
+            raise AlyxFault("Alyx says that a file is protected, but none of those sent")
         placed = []
         # Alyx checks by name: one that it holds with this very content must not be moved
         for r in self._compare(row, protected):
@@ -656,7 +659,7 @@ class Worker:
                     PurePosixPath(r.path),
                     histories[r.path],
                     self.today(),
-                    files.occupied_revisions(self.root / row.folder, r.path),
+                    files.occupied_revisions(self.root, row.folder, r.path),
                 ).as_posix()
                 if target != r.path:
                     intent = replace(r, state=FileState.PLACING, move_to=target)
@@ -755,6 +758,11 @@ def _check_kind(key: str, found: files.Found) -> None:
         )
     if found.kind == "unreadable":
         raise InvalidPath(f"{key} cannot be read", hint="give regd's user the right to read it")
+    if found.kind == "deep":
+        raise InvalidPath(
+            f"{key}: no file below this folder can be registered: its path is too long",
+            hint="move what is below it up, or name it in watch.ignore",
+        )
     if found.kind != "file":
         raise InvalidPath(f"{key} is no regular file", hint="remove it, or name it in watch.ignore")
     if found.signature.size == 0:

@@ -509,7 +509,7 @@ def test_a_page_that_names_itself_is_not_read_without_end() -> None:
         with pytest.raises(AlyxAway, match="in a circle"):
             next(records)
     assert len(fake.asked) == 2
-    first = Fake(page([], "http://alyx.test/x?limit=1000"))
+    first = Fake(page([{"n": 0}], "http://alyx.test/x?limit=1000"))
     with first.client() as client, pytest.raises(AlyxAway, match="in a circle"):
         list(client.pages("/x"))
     assert len(first.asked) <= 2

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from regd.errors import printable
 from regd.journal import FILE_NAME, FileRow, Journal
 from regd.model import FileState, SessionState, Signature
-from regd.paths import Ignored, printable
+from regd.paths import Ignored
 from regd.scan import Scanner, ScanResult
 from regd.settings import Settings
 

@@ -41,6 +41,7 @@ def write(tmp_path):
     def write(text):
         path = tmp_path / "regd.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.chmod(0o600)
         return path
 
     return write
@@ -55,6 +56,7 @@ def secret_file(tmp_path, monkeypatch):
     def put(name, text):
         path = folder / name
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        path.chmod(0o600)
         return path
 
     return put
@@ -273,8 +275,8 @@ FILE_MISTAKES = {
     "default, 4",
     "workers:": "line 1: workers must be a whole number, not empty; correct it, or remove it for "
     "the default, 4",
-    "scan: {every_s: .inf}": "line 1: scan.every_s must be a number, not inf; correct it, or "
-    "remove it for the default, 600",
+    "scan: {every_s: .inf}": "line 1: scan.every_s must be at most 1000000000, not inf; "
+    "correct it, or remove it for the default, 600",
     "alyx: {timeout_s: 0}": "line 1: alyx.timeout_s must be more than 0, not 0; correct it, or "
     "remove it for the default, 60",
     "retry: {first_s: 1000}": "line 1: retry.longest_s must be at least retry.first_s; correct it, "
