@@ -49,7 +49,7 @@ _log = get_logger()
 Params = Mapping[str, Any] | list[tuple[str, str]]
 
 _PAGE = 1000  # Alyx's own maximum
-_MOST_PAGES = 10_000
+_MOST_PAGES = 1000
 _LARGEST_BODY = 64 * 2**20  # bytes; a session of 100,000 datasets is told in less
 _LONGEST_TEXT = 1000  # characters of what Alyx says of an error
 _BLIP_ATTEMPTS = 4
