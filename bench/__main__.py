@@ -65,7 +65,7 @@ def main() -> int:
                 lines.append(line)
                 print(f"{name}: {_result(line)}", flush=True)
         except PeerMissing as missing:
-            lines.append(Line(name, "-", str(missing), None, 0))
+            lines.append(Line(name, "-", str(missing), None, None))
         except Exception:
             traceback.print_exc()
             failed.append(name)
@@ -91,6 +91,8 @@ def _measured(line: Line) -> str:
 
 
 def _bar(line: Line) -> str:
+    if line.bar is None:
+        return "-"
     return f"{'≥' if line.least else '≤'} {line.bar:g} {line.unit}"
 
 

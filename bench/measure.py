@@ -89,7 +89,7 @@ class Line:
     regd: str
     against: str
     value: float | None
-    bar: float
+    bar: float | None
     unit: str = "times"
     least: bool = False
     note: str = ""
@@ -97,7 +97,7 @@ class Line:
     @property
     def met(self) -> bool | None:
         """Whether the bar is met; None where nothing could be measured."""
-        if self.value is None:
+        if self.value is None or self.bar is None:
             return None
         return self.value >= self.bar if self.least else self.value <= self.bar
 
