@@ -139,6 +139,10 @@ class SessionNotFound(NeedsHuman, ALFError):
     """Alyx has no session for that subject, date and number."""
 
 
+class RootTaken(NeedsHuman):
+    """Another regd, with another state folder, works on the data root."""
+
+
 class Unauthorized(NeedsHuman):
     """Alyx does not accept the user name, password or token."""
 

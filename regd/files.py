@@ -368,7 +368,7 @@ def move(root: Path, folder: str, source: str, target: str) -> None:
         open_folder(root, f"{folder}/{target_folder}") as to_fd,
     ):
         try:
-            _rename_noreplace(from_fd, name, to_fd, new_name)
+            rename_noreplace(from_fd, name, to_fd, new_name)
         except FileExistsError:
             raise PathTaken(
                 f"{folder}/{target} exists already, so {source} was not moved there",
@@ -378,7 +378,7 @@ def move(root: Path, folder: str, source: str, target: str) -> None:
         os.fsync(from_fd)
 
 
-def _rename_noreplace(from_fd: int, name: str, to_fd: int, new_name: str) -> None:
+def rename_noreplace(from_fd: int, name: str, to_fd: int, new_name: str) -> None:
     """Rename as `renameat2` with RENAME_NOREPLACE does, by link and unlink where it is missing."""
     old, new = os.fsencode(name), os.fsencode(new_name)
     renameat2 = getattr(_libc, "renameat2", None)  # glibc has it since 2.28

@@ -26,6 +26,8 @@ _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _FOLDERS = spec.regex(spec.COLLECTION_SPEC)
 _FILE = spec.regex(spec.FILE_SPEC)
 
+OWNER_FILE = ".regd-owner"
+"""The file in the data root that says which regd works there; others like it come and go."""
 SESSION_FORM = "[<lab>/Subjects/]<subject>/<YYYY-MM-DD>/<NNN>"
 
 
@@ -150,6 +152,8 @@ def object_attribute(name: str) -> str | None:
 class Ignored:
     """The patterns of `watch.ignore`; says of a path below the data root whether one fits.
 
+    What regd itself writes into the data root is ignored as well.
+
     A pattern without a slash is held against the last name alone, one with a slash against the
     whole path; both ignore case, and are shell patterns.
 
@@ -166,7 +170,9 @@ class Ignored:
         self._path = _any_of(paths)
 
     def __call__(self, path: str) -> bool:
-        """Say whether `path`, with '/' between its parts, fits a pattern."""
+        """Say whether `path`, with '/' between its parts, is never looked at."""
+        if path.startswith(OWNER_FILE):
+            return True
         name = path.rpartition("/")[2]
         return bool(self._name.match(name) or self._path.match(path))
 

@@ -28,6 +28,7 @@ from regd.errors import (
     MemberNotFound,
     NeedsHuman,
     RegdError,
+    RootTaken,
     Stopping,
     TryLater,
     Unauthorized,
@@ -35,6 +36,7 @@ from regd.errors import (
 from regd.journal import FILE_NAME, Journal, asides, set_aside
 from regd.logs import Recurring, get_logger
 from regd.model import FileState, SessionState
+from regd.owner import HEARTBEAT_S, SILENT_BEATS, Owner, myself
 from regd.paths import Ignored, could_become_session, parse_session, session_depth
 from regd.registration import RegistrationClient
 from regd.retries import LONGEST_AFTER_S
@@ -199,6 +201,7 @@ class Service:
             AlyxClient.from_settings(settings, sleep=self._sleep),
             chunk_files=settings.register.chunk_files,
         )
+        self.owner = Owner(self.root, myself(settings.state_dir))
         self.gate = Gate(clock, chance)
         self.scanner = Scanner(self.root, settings, self.journal, self._ignored, stop)
         self.worker = Worker(
@@ -237,11 +240,14 @@ class Service:
         self._mistaken = Recurring(
             _log, "settings.failed", "settings.mended", every_s=_REMIND_S, clock=clock
         )
+        self._waits_for: str | None = None  # of the owner, as it was logged last
+        self._unguarded = ""
 
     def __enter__(self) -> Service:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.owner.close()
         self.client.alyx.close()
         self.journal.close()
         if self.journal.damaged:  # found in the middle of work: the next start builds a new one
@@ -281,8 +287,10 @@ class Service:
         """Work until `stop` is set.
 
         Raises:
+            RootTaken: Another regd works on the data root.
             JournalFailed: The journal became unusable: let systemd start a new process.
         """
+        self._own()
         recovered = self._recover()
         self.journal.set_fact("away", None)
         _log.info(
@@ -324,9 +332,11 @@ class Service:
             report: Called several times a second with how far it is.
 
         Raises:
+            RootTaken: Another regd works on the data root.
             TryLater: Alyx is away; what is left waits in the journal.
             Unauthorized: Alyx does not accept the credentials.
         """
+        self._own()
         self._recover()
         result = self.scanner.scan(self._now(), everything=everything, rebuild=self._rebuilds())
         workers = self._start_workers()
@@ -389,6 +399,7 @@ class Service:
         ]
         for thread in threads:
             thread.start()
+        threading.Thread(target=self._keep_owning, name="owner", daemon=True).start()
         return threads
 
     def _work(self) -> None:
@@ -396,7 +407,7 @@ class Service:
             while not self.stop.is_set():
                 self._check_clock()
                 seen = self._news_count
-                if self.step():
+                if self.step() if self.owner.holds else self._probe():
                     continue
                 with self._news:
                     if self._news_count == seen:
@@ -409,6 +420,8 @@ class Service:
         """End all of it because of an error that is no session's."""
         if isinstance(error, JournalFailed):
             _log.error("journal.failed", reason=error.reason, hint=error.hint)
+        elif isinstance(error, RootTaken):
+            _log.error("root.shared", reason=error.reason, hint=error.hint)
         else:
             _log.error("worker.died", exc_info=error)
         self._failed = error
@@ -424,7 +437,7 @@ class Service:
 
     def _idle_s(self) -> float:
         due_at = self.journal.next_due_at()
-        if due_at is None or self.gate.error is not None:
+        if due_at is None or self.gate.error is not None or not self.owner.holds:
             return _TICK_S
         return min(_TICK_S, max(0.0, due_at - self._now()))
 
@@ -442,11 +455,63 @@ class Service:
         put_back = 0
         with contextlib.suppress(JournalFailed, sqlite3.Error):
             put_back = self.journal.recover()
+        # what is still in hand may have an effect later: the next regd has to wait for that
+        self.owner.close(clean=not any(thread.is_alive() for thread in workers))
         _log.info("regd.stopped", put_back=put_back)
 
     def _sleep(self, seconds: float) -> None:
         if self.stop.wait(seconds):
             raise Stopping("stopped while waiting for Alyx")
+
+    # --- one regd a data root --------------------------------------------------------------------
+
+    def _own(self) -> None:
+        """Take the data root or keep it, and say what is odd about that.
+
+        Raises:
+            RootTaken: Another regd works on it.
+        """
+        owner = self.owner
+        try:
+            check_root(self.root, self.journal)
+        except DataRootAway:
+            owner.release()  # not into the folder that its disk is mounted on
+            return
+        owner.step()
+        if owner.waits_for and owner.waits_for != self._waits_for:
+            _log.warning(
+                "root.awaited",
+                reason=f"{owner.waits_for} worked here, and did not stop in an orderly way",
+                hint="wait: this regd begins when that one is seen to be gone",
+                wait_s=(SILENT_BEATS + 1) * HEARTBEAT_S,
+            )
+            self._waits_for = owner.waits_for
+        if self._waits_for and owner.holds:
+            _log.info("root.taken", previous=self._waits_for)
+            self._waits_for = None
+        why = owner.unguarded
+        if why is not None and str(why) != self._unguarded:
+            reason = why.reason if isinstance(why, RegdError) else str(why)
+            _log.warning(
+                "root.unguarded",
+                reason=f"a second regd on this data root would not be noticed: {reason}",
+                hint=(why.hint if isinstance(why, RegdError) else "")
+                or "let regd's user write in the data root, or see that there is only one regd",
+            )
+        self._unguarded = str(why or "")
+
+    def _keep_owning(self) -> None:
+        try:
+            while not self.stop.wait(min(_TICK_S, HEARTBEAT_S / 4)):
+                if not self.owner.is_due():
+                    continue
+                held = self.owner.holds
+                self._own()
+                if self.owner.holds and not held:
+                    self._tell()
+        except Exception as error:
+            if not self.stop.is_set():
+                self._fail(error)
 
     # --- Alyx away -------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ from regd.model import (
     SessionPath,
     SessionState,
 )
-from regd.paths import Ignored, is_utf8, parse_dataset
+from regd.paths import OWNER_FILE, Ignored, is_utf8, parse_dataset
 from regd.registration import RegistrationClient, is_protected, read_histories
 from regd.retries import backoff_s
 from regd.revisions import choose_destination
@@ -735,7 +735,8 @@ def check_root(root: Path, journal: Journal) -> None:
     """Raise DataRootAway if the data root is gone, or is empty where sessions were seen before."""
     try:
         with os.scandir(root) as entries:
-            empty = next(entries, None) is None
+            # a file that regd left in a mount point is no recording
+            empty = all(entry.name.startswith(OWNER_FILE) for entry in entries)
     except OSError as error:
         raise DataRootAway(
             f"the data root {root} cannot be read: {error.strerror}", hint="mount it again"
