@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regd import files
-from regd.errors import NeedsHuman, RootTaken
-from regd.paths import OWNER_FILE, printable
+from regd.errors import NeedsHuman, RootTaken, printable
+from regd.paths import OWNER_FILE
 
 HEARTBEAT_S = 20.0
 """How often the owner writes to its file, in seconds."""

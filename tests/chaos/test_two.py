@@ -465,7 +465,7 @@ for turn in range(rounds):
         if os.fork() == 0:
             os.close(go[1]), os.close(gone[1])
             os.read(go[0], 1)  # until all are there
-            mine = owner.Owner(root, owner.myself(f"{turn}-{n}", root))
+            mine = owner.Owner(root, owner.Holder(f"{turn}-{n}", "pc", 1, "", "", ""))
             try:
                 mine.step()
             except RootTaken:
@@ -734,6 +734,7 @@ def test_what_is_in_hand_at_the_end_keeps_others_waiting(
             if (request.method, request.url.path) == ("POST", "/sessions"):
                 asked.set()
                 answer.wait(20)
+                raise httpx.ReadError("the process has ended", request=request)
             return super().handle_request(request)
 
     lab = rig.lab
@@ -743,6 +744,7 @@ def test_what_is_in_hand_at_the_end_keeps_others_waiting(
         assert asked.wait(20)
     assert (rig.root / OWNER_FILE).exists()
     answer.set()
+    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("worker-")])
 
 
 def test_a_session_that_is_on_alyx_twice_is_parked_with_both(rig: Rig) -> None:
