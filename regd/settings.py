@@ -635,6 +635,13 @@ def _read_secrets() -> Iterator[_Layer]:
         yield _Layer(values | dict.fromkeys(unknown), f"secret files in {folder}", origins)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without merge keys (`<<`), of which a few lines can stand for billions."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave such a key where it is, to be refused."""
+
+
 def _exposed(path: Path, key: str) -> Iterator[str]:
     """Yield the mistake that a file with a secret gives rights to everybody, if it does."""
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -663,7 +670,7 @@ def _read_yaml(path: Path) -> _Layer:
             [f"{path}: cannot be read ({reason}); check the path and who may read it"]
         ) from None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         lines, twice = _lines(node)
         values = {} if node is None else loader.construct_document(node)
