@@ -163,7 +163,13 @@ class RegistrationClient:
     def _check_type(self, place: DatasetPath, not_older_s: float) -> None:
         _, types, extensions = self._known(not_older_s)
         extension = PurePosixPath(place.name).suffix
-        if not extension or extensions.count(extension) != 1:
+        if not extension:
+            raise NoDatasetType(
+                f'"{place.name}" has no extension, so Alyx cannot tell its data format',
+                hint="give it its extension, or name it in watch.ignore if it is no dataset; "
+                "then: regd retry --all",
+            )
+        if extensions.count(extension) != 1:
             raise NoDatasetType(
                 f'No data format on Alyx has the extension "{extension}" of "{place.name}"'
                 if extension not in extensions
