@@ -19,6 +19,7 @@ import httpx
 
 from bench.measure import PROJECT, Failed, running
 from regd.alyx import AlyxClient
+from regd.logs import configure as configure_logs
 from regd.registration import RegistrationClient
 from regd.service import Service, lock
 from regd.settings import Settings, load
@@ -66,6 +67,7 @@ def configure(folder: Path, root: Path, url: str, **sections: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "regd.yaml"
     path.write_text(json.dumps({**values, **sections}))  # JSON is YAML
+    path.chmod(0o600)
     return path
 
 
@@ -121,6 +123,8 @@ class Recording(httpx.BaseTransport):
 
     inner: httpx.BaseTransport = field(default_factory=httpx.HTTPTransport)
     kept: list[tuple[str, httpx.Request]] = field(default_factory=list)
+    took_s: float = 0.0
+    """What regd took for all of it, start-up left out."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         self.kept.append((threading.current_thread().name, request))
@@ -147,12 +151,18 @@ class Recording(httpx.BaseTransport):
 def record_requests(config: Path) -> Recording:
     """Do what `regd scan` does, in this process, and return the requests it sent."""
     settings: Settings = load(config).settings
+    log = (config.parent / "recorded.log").open("w")
+    configure_logs("info", "json", stream=log)
     recording = Recording()
     alyx = AlyxClient.from_settings(settings, transport=recording)
     client = RegistrationClient(alyx, chunk_files=settings.register.chunk_files)
     stop = threading.Event()
     with lock(settings.state_dir), Service(settings, stop, client=client) as service:
+        started_at = time.perf_counter()
         service.run_once(everything=False)
+        recording.took_s = time.perf_counter() - started_at
+    configure_logs("error", "json")
+    log.close()
     return recording
 
 

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 
 from bench import alyx
 from bench.alyx import REGD
-from bench.measure import Bench, Line, percentile, running, s, until
+from bench.measure import Bench, Line, percentile, running, s, until, until_logged
 from regd.sandbox.server import Server
 
 _CLOSED_QUIET_S = 0.25
@@ -47,9 +47,9 @@ def latency(bench: Bench) -> Iterator[Line]:
         with Server(rate_limit=None, middleware=middleware) as server:
             settle = {"quiet_s": 30, "closed_quiet_s": _CLOSED_QUIET_S}
             config = alyx.configure(folder, root, server.url, settle=settle)
-            with running([*REGD, "run", "-c", str(config)], log):
-                until(lambda: b"scan.finished" in log.read_bytes(), 30)
-                until(lambda: b"alyx.reached" in log.read_bytes(), 30)
+            with running([*REGD, "run", "-c", str(config)], log) as process:
+                until_logged(process, log, b"scan.finished")
+                until_logged(process, log, b"alyx.reached")
                 for session in sessions:
                     # regd may look at things at fixed intervals: these moments are not in step
                     time.sleep(chance.uniform(0.02, 0.12))

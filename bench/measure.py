@@ -187,6 +187,26 @@ def until(happened: Callable[[], Any], timeout_s: float, step_s: float = 0.01) -
     return result
 
 
+def until_logged(
+    process: subprocess.Popen[bytes], log: Path, word: bytes, timeout_s: float = 300
+) -> None:
+    """Return once a program has written a word into its log.
+
+    Raises:
+        Failed: It ended before, or it took longer than `timeout_s`.
+    """
+
+    def happened() -> bool:
+        ended = process.poll() is not None
+        if word in log.read_bytes():
+            return True
+        if ended:
+            raise Failed(f"a program ended too early: {log.read_text(errors='replace')[-2000:]}")
+        return False
+
+    until(happened, timeout_s)
+
+
 def peak_bytes(pid: int) -> int:
     """Return the most memory that a living process ever had resident."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from bench.measure import (
     run,
     running,
     s,
-    until,
+    until_logged,
 )
 from regd import files
 from regd.journal import FILE_NAME, FileRow, Journal
@@ -93,11 +92,11 @@ def watch(bench: Bench) -> Iterator[Line]:
         for n in range(bench.runs):
             started_at = time.perf_counter()
             with running([*REGD, "run", "-c", str(config)], log) as process:
-                until(lambda: b"watch.started" in log.read_bytes(), 300)
+                until_logged(process, log, b"watch.started")
                 ours.append(time.perf_counter() - started_at)
                 if b"watch.failed" in log.read_bytes():
                     raise Failed(f"not all of it can be watched: {log.read_text()}")
-                until(lambda: b"scan.finished" in log.read_bytes(), 300)
+                until_logged(process, log, b"scan.finished")
                 time.sleep(1)  # what the start leaves behind is not idling
                 if n == 0:
                     before_s = cpu_s(process.pid)
@@ -139,8 +138,8 @@ def _find(tree: Path, folder: Path) -> float:
 def _inotifywait(root: Path, log: Path) -> float:
     started_at = time.perf_counter()
     command = ["inotifywait", "-m", "-r", str(root)]
-    with running(command, log, stdout=subprocess.DEVNULL):
-        until(lambda: b"Watches established" in log.read_bytes(), 300)
+    with running(command, log) as process:
+        until_logged(process, log, b"Watches established")
         return time.perf_counter() - started_at
 
 
@@ -192,7 +191,7 @@ def _record(session: Path) -> None:
 
 def _write_journal(tree: Path, sessions: int) -> None:
     """Write down that every file is registered, as regd does after it has registered it."""
-    (tree / "state").mkdir()
+    (tree / "state").mkdir(mode=0o700)
     root = tree / "data"
     with Journal(tree / "state" / FILE_NAME, now=time.time) as journal:
         journal.bind_root(root.resolve())
