@@ -198,7 +198,7 @@ class Service:
         self.journal = self._open_journal()
         self.journal.bind_root(self.root)
         self.client = client or RegistrationClient(
-            AlyxClient.from_settings(settings, sleep=self._sleep),
+            AlyxClient.from_settings(settings, clock=clock, sleep=self._sleep),
             chunk_files=settings.register.chunk_files,
         )
         self.owner = Owner(self.root, myself(settings.state_dir))
