@@ -287,15 +287,22 @@ class AlyxClient:
         seen: list[Params] = []
         while query is not None:
             if query in seen:
-                raise AlyxAway(f"{self.base_url}{path} lists its pages in a circle")
+                raise AlyxAway(
+                    f"{self.base_url}{path} lists its pages in a circle", unknown_outcome=True
+                )
             seen.append(query)
             if len(seen) > _MOST_PAGES:
-                raise AlyxAway(f"{self.base_url}{path} lists pages without end")
+                raise AlyxAway(
+                    f"{self.base_url}{path} lists pages without end", unknown_outcome=True
+                )
             answer = self._request("GET", path, params=query)
             paged = isinstance(answer, dict)
             records = answer.get("results") if paged else answer
             if not isinstance(records, list):
-                raise AlyxAway(f"{self.base_url}{path} answered with something that is no list")
+                raise AlyxAway(
+                    f"{self.base_url}{path} answered with something that is no list",
+                    unknown_outcome=True,
+                )
             for record in records:
                 yield self._checked(record, path, form)
             if not paged:
@@ -303,7 +310,10 @@ class AlyxClient:
             # only the query of `next` is taken: behind a proxy its host may be the wrong one
             after = answer.get("next")
             if after and not records:
-                raise AlyxAway(f"{self.base_url}{path} names a next page after an empty one")
+                raise AlyxAway(
+                    f"{self.base_url}{path} names a next page after an empty one",
+                    unknown_outcome=True,
+                )
             query = _query_of(after) if after else None
 
     def rest(
@@ -664,7 +674,7 @@ def _query_of(address: object) -> Params:
     except ValueError:
         query = []
     if not query:
-        raise AlyxAway("Alyx named a next page that has no address")
+        raise AlyxAway("Alyx named a next page that has no address", unknown_outcome=True)
     return query
 
 

@@ -131,6 +131,18 @@ def test_a_token_alone_is_enough(sandbox: Server) -> None:
     assert paths(sandbox) == ["/users"]
 
 
+def test_a_refused_password_is_not_sent_again_at_once() -> None:
+    """Several threads find out at the same time, and accounts get locked."""
+    now = [0.0]
+    fake = Fake(reply(400, {"non_field_errors": ["Unable to log in."]}))
+    with fake.client(token=None, username=USER, password="x", clock=lambda: now[0]) as client:
+        for seconds, asked in ((0, 1), (5, 1), (11, 2)):
+            now[0] = seconds
+            with pytest.raises(Unauthorized):
+                client.get("/sessions")
+            assert len(fake.asked) == asked
+
+
 def test_a_wrong_password(sandbox: Server) -> None:
     with (
         connect(sandbox, username=USER, password="wrong") as client,

@@ -207,6 +207,51 @@ def test_one_fault(
         )
 
 
+@pytest.mark.parametrize("then", ["429", "drop", "redirect", "500 in JSON", None])
+def test_a_session_on_its_way_is_waited_for(then: str | None, alyx: Lab, tmp_path: Path) -> None:
+    """Its creation is late, and so it stays while Alyx is away or asks to wait."""
+    late: list[int] = []
+
+    def plan(n: int, method: str, path: str) -> str | None:
+        if (method, path) == ("POST", "/sessions") and not late:
+            late.append(n)
+            return "late"
+        return then if late and n <= late[0] + 6 else None
+
+    disturbed(tmp_path, alyx, new, plan)
+
+
+def test_a_file_on_its_way_does_not_arrive_after_a_newer_one(alyx: Lab, tmp_path: Path) -> None:
+    late: list[int] = []
+
+    def plan(n: int, method: str, path: str) -> str | None:
+        if path != "/register-file" or late:
+            return None
+        late.append(n)
+        run.write(OTHER, b"written while its registration is on its way")
+        return "late"
+
+    run = Run(tmp_path, alyx)
+    with run.proxy:
+        new(run)
+        run.finish(plan)
+        run.check()
+
+
+@pytest.mark.parametrize("fault", ["drop the answer", "504 after the effect"])
+def test_what_alyx_got_is_not_posted_again(fault: str, alyx: Lab, tmp_path: Path) -> None:
+    posted: list[int] = []
+
+    def plan(n: int, method: str, path: str) -> str | None:
+        if path != "/register-file":
+            return None
+        posted.append(n)
+        return fault if len(posted) == 1 else None
+
+    disturbed(tmp_path, alyx, new, plan)
+    assert len(posted) == 2  # what six files take, four at a time
+
+
 QUICK = tuple(fault for fault in FAULTS if fault not in ("stall", "dribble"))
 
 

@@ -25,7 +25,7 @@ import yaml
 
 import regd.sandbox.server
 from regd.alyx import AlyxClient
-from regd.errors import AlyxAway
+from regd.errors import AlyxAway, Unauthorized
 from regd.model import SessionState
 from regd.registration import RegistrationClient
 from regd.sandbox.server import Server
@@ -104,7 +104,9 @@ def test_a_weekend_without_alyx(
     how: str, proxy: Proxy, lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = Clock()
-    rig = Rig(tmp_path, lab, alyx=alyx_at(lab, proxy.url))
+    lab.client.greet()
+    token = lab.client._login.token  # so that it is not the log-in alone that fails
+    rig = Rig(tmp_path, lab, alyx=alyx_at(lab, proxy.url, token=token))
     hours = HOURS if how in LONG else HOURS // 9
     with rig.by_hand(clock) as service:
         proxy.plan = lambda *_: how
@@ -143,6 +145,18 @@ def test_a_name_that_no_server_knows_is_an_outage(
         assert (row.state, row.attempt) == ("waiting", 0)
     (away,) = said(caplog, "alyx.away")
     assert "alyx.url" in away["hint"]
+
+
+def test_what_several_workers_find_at_once_is_one_failure(rig: Rig) -> None:
+    clock = Clock()
+    with rig.by_hand(clock) as service:
+        for error, wait_s in ((AlyxAway("down"), 2), (Unauthorized("wrong"), 60)):
+            for _ in range(8):
+                service.gate.close(error)
+            assert not service.gate.take_probe()
+            clock.sleep(wait_s)
+            assert service.gate.take_probe()
+            assert not service.gate.take_probe()
 
 
 # --- a rush on its return ------------------------------------------------------------------------
@@ -194,6 +208,7 @@ class Refused:
         self.server = server
         self.rig = Rig(folder, lab)
         self.file = folder / "regd.yaml"
+        self.file.touch(mode=0o600)
         self.say(**alyx)
 
     def say(self, **alyx: Any) -> None:
@@ -246,6 +261,7 @@ def test_a_token_that_was_revoked(
 ) -> None:
     secret = tmp_path / "secrets" / "alyx__token"
     secret.parent.mkdir()
+    secret.touch(mode=0o600)
     secret.write_text("first\n")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(secret.parent))
     place = Refused(tmp_path, sandbox, lab, username="test_user")
