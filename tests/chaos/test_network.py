@@ -228,12 +228,12 @@ def test_a_file_on_its_way_does_not_arrive_after_a_newer_one(alyx: Lab, tmp_path
         if path != "/register-file" or late:
             return None
         late.append(n)
-        run.write(OTHER, b"written while its registration is on its way")
+        run.write(FILE, b"made anew while its registration is on its way")
         return "late"
 
     run = Run(tmp_path, alyx)
     with run.proxy:
-        new(run)
+        changed(run)
         run.finish(plan)
         run.check()
 
