@@ -357,6 +357,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     (f"{S}/{D}/001/alf/#a#b#/spikes.times.npy", "refused", "the folder is not as ALF allows"),
     (f"{S}/{D}/001/alf/#a#/x/spikes.times.npy", "refused", "the folder is not as ALF allows"),
     (f"{S}/{D}/001/alf\\spikes.times.npy", "refused", "Alyx does not take this name"),
+    (f"{S}/{D}/001/alf/\x1b[31mspikes.times.npy", "refused", "Alyx does not take this name"),
     (f"{S}/{D}/001/alf/spikes.times.npy|empty", "refused", "is empty"),
     (f"{S}/{D}/001/alf/spikes.times.npy|link", "refused", "is a symbolic link"),
     (f"{S}/{D}/001|link", "stray", "is a symbolic link"),
