@@ -278,6 +278,8 @@ class Worker:
             flagged = self._sees_flag(row)
         except FileNotFoundError:
             return self._gone(row)
+        if row.flagged and not flagged:  # a person, or regd before a power cut, removed it
+            self.journal.unflagged(row.id)
         if row.eid is None or flagged:  # a flag asks for the session to be there, whatever was
             found = self._identify(row, session, flagged or row.asked)
             if found is None:
@@ -620,6 +622,7 @@ class Worker:
         if created_by := register.created_by or self.client.alyx.user:
             options["created_by"] = created_by
         items = [FileToPost(r.path, r.signature.size, r.md5, register.versions) for r in rows]
+        self.journal.durable()  # after a power cut it is known that Alyx may hold them
         records = self.client.post_files(session, items, checked=checked, options=options)
         done = [
             replace(

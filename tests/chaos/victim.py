@@ -1,0 +1,384 @@
+"""A regd in a process of its own that dies by SIGKILL at a chosen point, and the disk it leaves.
+
+A point lies before, within and after each effect: a request, a change of a folder, an fsync, a
+COMMIT. The process wraps those functions for itself; regd knows nothing of it. After a power cut,
+what was not yet fsynced is gone, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import errno
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest  # noqa: F401 - a child imports the main module, which is pytest's
+
+from regd import files, journal, logs, service, worker
+from regd.alyx import AlyxClient
+from regd.journal import FILE_NAME
+from regd.registration import RegistrationClient
+from regd.service import Service, lock, unfinished
+from regd.settings import Settings
+
+TODAY = datetime.date(2026, 2, 3)
+UNKNOWN_OUTCOME_S = 0.2  # instead of 15 s: the sandbox answers within milliseconds
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
+_TICK_S = 0.05  # how soon a daemon sees that it is asked for a scan, instead of 1 s
+_IDLE_S = 0.02
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a process works and dies.
+
+    Attributes:
+        at: The point to die at: its number, or its label and how often that has come; None for
+            no death.
+        power_cut: Whether the machine dies with it.
+        daemon: Whether it is `regd run`; else it is `regd scan`.
+        by_link: Whether the kernel lacks renameat2.
+        workers: How many.
+    """
+
+    at: int | tuple[str, int] | None = None
+    power_cut: bool = False
+    daemon: bool = False
+    by_link: bool = False
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """An entry of a folder that has come or gone, and is not on the disk yet.
+
+    Attributes:
+        path: The entry.
+        added: Whether it has come.
+        inode: What it names, or named.
+        twin: Another path of that.
+    """
+
+    path: str
+    added: bool
+    inode: int
+    twin: str | None = None
+
+
+@dataclass
+class Cache:
+    """What a power cut would lose.
+
+    Attributes:
+        wal: The salt and the length of the journal's WAL when it was last fsynced.
+        changes: Of folders, oldest first.
+    """
+
+    wal: tuple[str, int] = ("", 0)
+    changes: list[Change] = field(default_factory=list)
+
+    def synced(self, descriptor: int) -> None:
+        path = _path(descriptor)
+        if path.endswith("-wal"):
+            self.wal = (os.pread(descriptor, 8, 16).hex(), os.fstat(descriptor).st_size)
+        self.changes = [c for c in self.changes if os.path.dirname(c.path) != path]  # noqa: PTH120
+
+    def lose(self, state_dir: Path, *, folders: bool) -> None:
+        """Leave on the disk what a power cut leaves; `folders`: undo what was not fsynced, too."""
+        wal = state_dir / f"{FILE_NAME}-wal"
+        if wal.exists():
+            salt, length = self.wal
+            with wal.open("rb+") as file:
+                head = file.read(24)
+                file.truncate(length if head[16:].hex() == salt else 0)
+        (state_dir / f"{FILE_NAME}-shm").unlink(missing_ok=True)
+        if not folders:
+            return
+        for change in self.changes:
+            path = Path(change.path)
+            if change.added or os.path.lexists(path) or not path.parent.exists():
+                continue
+            if change.twin is None:
+                path.touch()  # a flag
+            elif _inode(change.twin) == change.inode:
+                os.link(change.twin, path)
+        for change in reversed(self.changes):
+            path = Path(change.path)
+            if not change.added or _inode(path) != change.inode:
+                continue
+            if not path.is_dir():
+                path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+
+
+def _inode(path: str | Path) -> int | None:
+    try:
+        return os.lstat(path).st_ino
+    except OSError:
+        return None
+
+
+def _path(descriptor: int | None, name: str = "") -> str:
+    folder = Path(f"/proc/self/fd/{descriptor}").readlink() if descriptor is not None else Path()
+    return str((folder / name).absolute())
+
+
+class Effects:
+    """Counts the points that the process passes, and ends it at the planned one."""
+
+    def __init__(self, plan: Plan, report: Path, wal: Path) -> None:
+        self._plan = plan
+        self._report = report
+        self._lock = threading.RLock()
+        self._passed: list[str] = []
+        self._exposed: list[bool] = []
+        self._cache = Cache()
+        self._twins: dict[int, str] = {}
+        if wal.exists():  # what an earlier process left has reached the disk by now
+            with wal.open("rb") as file:
+                self._cache.synced(file.fileno())
+
+    def point(self, label: str) -> None:
+        with self._lock:
+            self._passed.append(label)
+            self._exposed.append(bool(self._cache.changes))
+            here = (len(self._passed), (label, self._passed.count(label)))
+            if self._plan.at in here:
+                self.tell()
+                os.kill(os.getpid(), signal.SIGKILL)
+                signal.pause()  # until it arrives: nothing more may happen in this thread
+
+    def tell(self) -> None:
+        report = {"passed": self._passed, "exposed": self._exposed, "cache": asdict(self._cache)}
+        self._report.write_text(json.dumps(report))
+
+    def install(self) -> None:
+        real = {name: getattr(os, name) for name in ("mkdir", "link", "unlink", "fsync")}
+        renameat2 = files._libc.renameat2
+
+        def mkdir(name: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+            def do() -> None:
+                real["mkdir"](name, mode, dir_fd=dir_fd)
+                self._came(_path(dir_fd, name))
+
+            self._around("mkdir", do)
+
+        def link(
+            name: Any, new: Any, *, src_dir_fd: int, dst_dir_fd: int, follow_symlinks: bool
+        ) -> None:
+            def do() -> None:
+                real["link"](
+                    name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd,
+                    follow_symlinks=follow_symlinks,
+                )  # fmt: skip
+                self._came(_path(dst_dir_fd, new))
+
+            self._around("link", do)
+
+        def unlink(name: Any, *, dir_fd: int | None = None) -> None:
+            path = _path(dir_fd, name)
+
+            def do() -> None:
+                inode = _inode(path) or 0
+                real["unlink"](name, dir_fd=dir_fd)
+                self._went(path, inode)
+
+            self._around("unlink flag" if path.endswith(".flag") else "unlink", do)
+
+        def fsync(descriptor: int) -> None:
+            def do() -> None:
+                self._cache.synced(descriptor)
+                real["fsync"](descriptor)
+
+            wal = _path(descriptor).endswith("-wal")
+            self._around("fsync journal" if wal else "fsync folder", do)
+
+        def rename(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> int:
+            def do() -> int:
+                source, target = _path(old_fd, os.fsdecode(old)), _path(new_fd, os.fsdecode(new))
+                inode = _inode(source) or 0
+                failed = int(renameat2(old_fd, old, new_fd, new, flags))
+                if not failed:
+                    self._came(target)
+                    self._went(source, inode)
+                return failed
+
+            return int(self._around("renameat2", do))
+
+        def missing(*_: Any) -> int:
+            ctypes.set_errno(errno.ENOSYS)
+            return -1
+
+        os.mkdir, os.link, os.unlink, os.fsync = mkdir, link, unlink, fsync  # type: ignore[assignment]
+        files._libc = SimpleNamespace(renameat2=missing if self._plan.by_link else rename)  # type: ignore[assignment]
+        sqlite3.connect = partial(sqlite3.connect, factory=partial(_Connection, self))  # type: ignore[assignment]
+
+    def _around(self, label: str, do: Callable[[], Any]) -> Any:
+        self.point(f"{label}: before")
+        with self._lock:
+            result = do()
+        self.point(f"{label}: after")
+        return result
+
+    def _came(self, path: str) -> None:
+        inode = _inode(path) or 0
+        self._twins[inode] = path
+        self._cache.changes.append(Change(path, True, inode))
+
+    def _went(self, path: str, inode: int) -> None:
+        self._cache.changes.append(Change(path, False, inode, self._twins.get(inode)))
+
+
+class _Connection(sqlite3.Connection):
+    def __init__(self, effects: Effects, *args: Any, **options: Any) -> None:
+        self._effects = effects
+        super().__init__(*args, **options)
+        # a checkpoint fsyncs beneath Python, where nobody sees it
+        super().execute("PRAGMA wal_autocheckpoint = 0")
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        if sql != "COMMIT":
+            return super().execute(sql, *values)
+        self._effects.point("COMMIT: before")
+        cursor = super().execute(sql, *values)
+        self._effects.point("COMMIT: after")
+        return cursor
+
+
+class _Network(httpx.BaseTransport):
+    def __init__(self, effects: Effects) -> None:
+        self._effects = effects
+        self._network = httpx.HTTPTransport()
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        label = f"{request.method} {_UUID.sub('*', request.url.path)}"
+
+        def trace(event: str, _about: Any) -> None:
+            if event == "http11.send_request_body.complete":
+                self._effects.point(f"{label}: sent")
+
+        self._effects.point(f"{label}: before")
+        request.extensions = {**request.extensions, "trace": trace}
+        response = self._network.handle_request(request)
+        self._effects.point(f"{label}: after")
+        return response
+
+    def close(self) -> None:
+        self._network.close()
+
+
+def _live(settings: Settings, plan: Plan, report: Path, finish: Connection | None) -> None:
+    with (report.parent / "log").open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    logs.configure(format="json", stream=sys.stderr)
+    journal.UNKNOWN_OUTCOME_S = worker.UNKNOWN_OUTCOME_S = UNKNOWN_OUTCOME_S
+    service._TICK_S = _TICK_S
+    settings = settings.model_copy(update={"workers": plan.workers})
+    effects = Effects(plan, report, settings.state_dir / f"{FILE_NAME}-wal")
+    effects.install()
+    alyx = AlyxClient.from_settings(settings, transport=_Network(effects))
+    client = RegistrationClient(alyx, chunk_files=settings.register.chunk_files)
+    stop = threading.Event()
+    with lock(settings.state_dir), Service(settings, stop, client=client) as regd:
+        regd.worker.today = lambda: TODAY
+        if finish is None:
+            regd.run_once(everything=False)
+        else:
+            threading.Thread(target=_end, args=(regd, finish), daemon=True).start()
+            regd.run()
+    effects.tell()
+
+
+def _end(regd: Service, finish: Connection) -> None:
+    """End the daemon once it is told to and has nothing left to do."""
+    finish.poll(None)
+    request = regd.journal.ask_scan(everything=False)
+    while not regd.journal.scan_done(request) or unfinished(regd.journal):
+        time.sleep(_IDLE_S)  # other threads are at work, and nothing tells of their end
+    regd.end()
+
+
+class Victim:
+    """A regd in a process of its own.
+
+    Args:
+        settings: Of the rig.
+        plan: How it works and dies.
+        scratch: A folder for its log and its report.
+    """
+
+    def __init__(self, settings: Settings, plan: Plan, scratch: Path) -> None:
+        scratch.mkdir(exist_ok=True)
+        self._settings = settings
+        self._plan = plan
+        self._report = scratch / "report.json"
+        self._report.unlink(missing_ok=True)
+        self._log = scratch / "log"
+        # no Event: its lock stays taken where the process dies with it
+        told, self._finish = _processes.Pipe(duplex=False)
+        self._process: ForkServerProcess = _processes.Process(
+            target=_live, args=(settings, plan, self._report, told if plan.daemon else None)
+        )
+        self._process.start()
+        told.close()
+
+    def kill(self) -> None:
+        """Kill it now, wherever it is."""
+        self._process.kill()
+
+    def end(self, *, undo: bool = True) -> bool:
+        """Have it finish what there is to do, and wait for its end; return whether it was killed.
+
+        Args:
+            undo: Whether a power cut undoes changes of folders that were not fsynced.
+        """
+        with contextlib.suppress(BrokenPipeError):  # it is dead already
+            self._finish.send(None)
+        self._finish.close()
+        self._process.join(60.0)
+        code = self._process.exitcode
+        if code is None:
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+        killed = code == -signal.SIGKILL
+        assert killed or code == 0, f"exit code {code}; its log ends in:\n{self.log()}"
+        if killed and self._plan.power_cut and self._report.exists():
+            cache = json.loads(self._report.read_text())["cache"]
+            changes = [Change(**change) for change in cache["changes"]]
+            Cache(tuple(cache["wal"]), changes).lose(self._settings.state_dir, folders=undo)
+        return killed
+
+    def passed(self) -> list[tuple[str, bool]]:
+        """Return the points it has passed, after its end: the label, and what was at stake.
+
+        That is whether a change of a folder had not been fsynced there.
+        """
+        report = json.loads(self._report.read_text())
+        return list(zip(report["passed"], report["exposed"], strict=True))
+
+    def log(self) -> str:
+        return "\n".join(self._log.read_text().splitlines()[-40:])
