@@ -381,4 +381,4 @@ class Victim:
         return list(zip(report["passed"], report["exposed"], strict=True))
 
     def log(self) -> str:
-        return "\n".join(self._log.read_text().splitlines()[-40:])
+        return "\n".join(self._log.read_text().splitlines()[-15:])
