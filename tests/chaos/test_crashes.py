@@ -184,7 +184,7 @@ class Scene:
 
 def contents(rig: Rig) -> dict[str, str]:
     """Return the MD5 of every file below the data root."""
-    files = (path for path in rig.root.rglob("*") if path.is_file())
+    files = (path for path in rig.root.rglob("[!.]*") if path.is_file())
     return {path.relative_to(rig.root).as_posix(): md5(path) for path in files}
 
 
@@ -229,8 +229,8 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[tuple[s
 def test_the_points_are_of_every_kind(scene: Scene, variant: str) -> None:
     plan = VARIANTS[variant]
     outcome, passed = undisturbed(scene, plan)
-    moves = {"link", "unlink"} if plan.by_link else {"renameat2"}
-    effects = {"mkdir", "fsync folder", "fsync journal", "COMMIT", "unlink flag", *moves}
+    move = "link" if plan.by_link else "renameat2"
+    effects = {"mkdir", "fsync folder", "fsync journal", "COMMIT", "unlink flag", "unlink", move}
     requests = {
         *("GET /sessions", "POST /sessions", "GET /datasets", "GET /dataset-types"),
         *("GET /data-formats", "POST /register-file", "POST /auth-token"),
@@ -485,7 +485,7 @@ class Recordings(RuleBasedStateMachine):
         return [s for s in self.rig.lab.sessions(self.rig.date) if s["number"] == number]
 
     def _files(self) -> list[Path]:
-        files = (path for path in self.rig.root.rglob("*") if path.is_file())
+        files = (path for path in self.rig.root.rglob("[!.]*") if path.is_file())
         return sorted(path for path in files if path.suffix != ".flag")
 
     def _write(self, path: Path, content: bytes) -> Path:

@@ -232,7 +232,10 @@ class Effects:
             return -1
 
         os.mkdir, os.link, os.unlink, os.fsync = mkdir, link, unlink, fsync  # type: ignore[assignment]
-        files._libc = SimpleNamespace(renameat2=missing if self._plan.by_link else rename)  # type: ignore[assignment]
+        libc = SimpleNamespace(
+            renameat2=missing if self._plan.by_link else rename, fstatfs=files._libc.fstatfs
+        )
+        files._libc = libc  # type: ignore[assignment]
         sqlite3.connect = partial(sqlite3.connect, factory=partial(_Connection, self))  # type: ignore[assignment]
 
     def _around(self, label: str, do: Callable[[], Any]) -> Any:
