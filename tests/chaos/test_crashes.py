@@ -44,7 +44,7 @@ VARIANTS = {
     "daemon": Plan(daemon=True),
     "daemon, by link": Plan(daemon=True, by_link=True),
 }
-SHORT, SHORT_KILLS = 20, 15  # in `make test`
+SHORT, SHORT_KILLS = 12, 15  # in `make test`
 KILLS, STEPS = 5, 12  # the kills that may be expected in that many steps of one example
 PROTECTED, PLAIN, LATER = DATASETS[0], DATASETS[1], "alf/_ibl_wheel.velocity.npy"
 REFUSED = "alf/sp ace/spikes.times.npy"
