@@ -151,14 +151,20 @@ class Journal:
 
     def _check_file(self, *, create: bool) -> None:
         try:
-            if create:  # with these rights, which SQLite gives to the files beside it, too
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        except FileExistsError:
             status = self.path.stat()
             if stat.S_ISDIR(status.st_mode):
-                raise self._damage("it is a folder") from None
+                raise self._damage("it is a folder")
             if status.st_size == 0:
-                raise self._damage("it is empty") from None
+                raise self._damage("it is empty")
+        except FileNotFoundError:
+            if not create:
+                raise
+        except OSError as error:
+            raise self._failure(f"{error.strerror}", _FAILURES[sqlite3.SQLITE_CANTOPEN]) from None
+        else:
+            return
+        try:  # with these rights, which SQLite gives to the files beside it, too
+            os.close(os.open(self.path, os.O_CREAT | os.O_WRONLY, 0o600))
         except OSError as error:
             raise self._failure(f"{error.strerror}", _FAILURES[sqlite3.SQLITE_CANTOPEN]) from None
 

@@ -152,8 +152,12 @@ class Rig:
         return self.journal()
 
     @contextmanager
-    def by_hand(self, clock: Clock) -> Iterator[Service]:
-        """Yield the daemon, which does nothing but what `step` is called for, in that time."""
+    def by_hand(self, clock: Clock, now: Callable[[], float] | None = None) -> Iterator[Service]:
+        """Yield the daemon, which does nothing but what `step` is called for, in that time.
+
+        Args:
+            now: The wall clock, where it is not as steady as `clock`.
+        """
         alyx = AlyxClient.from_settings(
             self.settings, clock=clock, sleep=clock.sleep, chance=lambda: 0.5
         )
@@ -162,7 +166,12 @@ class Rig:
         with (
             lock(self.settings.state_dir),
             Service(
-                self.settings, stop, client=client, now=clock, clock=clock, chance=lambda: 0.5
+                self.settings,
+                stop,
+                client=client,
+                now=now or clock,
+                clock=clock,
+                chance=lambda: 0.5,
             ) as service,
         ):
             yield service
