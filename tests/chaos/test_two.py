@@ -32,11 +32,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from regd import owner as module
 from regd import service as service_module
 from regd.alyx import AlyxClient
-from regd.errors import RootTaken
+from regd.errors import DataRootAway, RootTaken
 from regd.model import SessionState
 from regd.owner import HEARTBEAT_S, SILENT_BEATS, Holder, Owner, read_holder
 from regd.paths import OWNER_FILE
 from regd.registration import RegistrationClient
+from regd.worker import check_root
 from tests.chaos import times
 from tests.rig import DATASETS, Rig, idle, until
 from tests.test_cli import environment
@@ -102,6 +103,23 @@ def test_the_lock_keeps_out_the_second_at_once_and_names_the_first(
     assert not list(tmp_path.iterdir())
     second.step()
     assert second.holds, "after an orderly end nobody waits"
+
+
+def test_a_file_that_is_given_back_while_it_is_opened_keeps_nobody_waiting(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Owner(tmp_path, holder(n), clock) for n in ("one", "two"))
+    first.step()
+    real = module._is_locked
+
+    def late(file: int) -> bool:
+        first.close(clean=True)
+        return real(file)
+
+    monkeypatch.setattr(module, "_is_locked", late)
+    second.step()
+    assert second.holds
+    assert written(tmp_path) == holder("two")
 
 
 def test_without_locks_the_heartbeat_keeps_out_the_second(
@@ -709,6 +727,8 @@ def test_a_root_that_is_unmounted_and_mounted(rig: Rig) -> None:
         rig.root.mkdir()  # the folder that the disk was mounted on
         until(lambda: not service.owner.holds)
         (rig.root / OWNER_FILE).touch()  # as an older mistake left it
+        with pytest.raises(DataRootAway):
+            check_root(rig.root, service.journal)
         service._own()
         assert not service.owner.holds
         assert not (mounted / OWNER_FILE).exists()
