@@ -14,14 +14,13 @@ import hashlib
 import operator
 import os
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from stat import S_ISLNK, S_ISREG
+from typing import Any, NamedTuple
 
 from regd.errors import FileChanged, FileHeld, NeedsHuman, PathTaken, Stopping
 from regd.model import Signature
@@ -31,37 +30,49 @@ _RENAME_NOREPLACE = 1
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _LONGEST_FOLDER = 255  # characters; ALF allows no more, and each level keeps a folder open
-_NOTHING_KNOWN = Signature(0, 0)  # no size and no time are made up
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 # The f_type (statfs(2)) of NFS and of the three clients for Windows shares.
 _REMOTE = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42}
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A file as a walk sees it.
 
     Attributes:
         path: Its path below the folder walked, '/' between the parts.
-        signature: Its size and modification time.
-        touched_ns: The newer of mtime and ctime, nanoseconds since 1970.
+        size: Bytes.
+        mtime_ns: When its content was last modified, nanoseconds since 1970.
+        ctime_ns: When the kernel last changed anything of it, nanoseconds since 1970.
         kind: 'file', 'link', 'other' (a device, a socket, a pipe), 'unreadable', or 'deep' (a
             folder whose path is longer than Alyx takes, and that was not entered).
     """
 
     path: str
-    signature: Signature
-    touched_ns: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
     kind: str
+
+    @property
+    def signature(self) -> Signature:
+        """Its size and modification time."""
+        return _signature(self.size, self.mtime_ns)
+
+    @property
+    def touched_ns(self) -> int:
+        """The newer of mtime and ctime."""
+        return max(self.mtime_ns, self.ctime_ns)
 
     @property
     def modified_s(self) -> float:
         """When its content was last modified, seconds since 1970."""
-        return self.signature.mtime_ns / 1e9
+        return self.mtime_ns / 1e9
 
 
-def walk(root: Path, folder: str = "", ignored: Any = None) -> Iterator[Found]:
+def walk(
+    root: Path, folder: str = "", ignored: Callable[[str], bool] | None = None, flag: str = ""
+) -> Iterator[Found]:
     """Yield every file, link and special file below a folder, following no link.
 
     Args:
@@ -69,52 +80,65 @@ def walk(root: Path, folder: str = "", ignored: Any = None) -> Iterator[Found]:
         folder: An existing folder below it; '' for the root itself.
         ignored: Called with ``folder + '/' + path``; what it says True to is left out, with all
             that is below it.
+        flag: The name of a file in `folder` itself that is never left out.
 
     Raises:
         OSError: `folder` itself cannot be read.
     """
     with open_folder(root, folder) as top:
-        # the folders from `top` down to the one above that which is listed, so that none is
-        # looked up by its path again
-        above = [top]
-        stack = [("", 0)]
-        try:
-            while stack:
-                inner, depth = stack.pop()
-                while len(above) > max(depth, 1):
-                    os.close(above.pop())
-                if len(inner) > _LONGEST_FOLDER:
-                    yield Found(inner, _NOTHING_KNOWN, 0, "deep")
+        yield from map(Found._make, walk_open(top, folder, ignored, flag))
+
+
+def walk_open(
+    top: int, folder: str, ignored: Callable[[str], bool] | None, flag: str
+) -> Iterator[tuple[str, int, int, int, str]]:
+    """Yield the fields of each `Found` below an open folder; see `walk`."""
+    # the folders from `top` down to the one above that which is listed, so that none is looked up
+    # by its path again
+    above = [top]
+    stack = [("", 0)]
+    try:
+        while stack:
+            inner, depth = stack.pop()
+            while len(above) > max(depth, 1):
+                os.close(above.pop())
+            if len(inner) > _LONGEST_FOLDER:
+                yield inner, 0, 0, 0, "deep"
+                continue
+            try:
+                descriptor = _open_inner(above, inner, depth)
+                with os.scandir(descriptor) as listed:
+                    entries = list(listed)
+            except (FileNotFoundError, NotADirectoryError):
+                if not inner:
+                    raise
+                continue  # it went away since it was listed
+            except OSError:
+                if not inner:
+                    raise
+                yield inner, 0, 0, 0, "unreadable"
+                continue
+            for entry in entries:
+                name = entry.name
+                path = f"{inner}/{name}" if inner else name
+                if ignored is not None and ignored(f"{folder}/{path}") and path != flag:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    stack.append((path, depth + 1))
                     continue
                 try:
-                    descriptor = _open_inner(above, inner, depth)
-                    with os.scandir(descriptor) as listed:
-                        entries = list(listed)
-                except (FileNotFoundError, NotADirectoryError):
-                    if not inner:
-                        raise
-                    continue  # it went away since it was listed
-                except OSError:
-                    if not inner:
-                        raise
-                    yield Found(inner, _NOTHING_KNOWN, 0, "unreadable")
+                    status = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
                     continue
-                for entry in entries:
-                    path = f"{inner}/{entry.name}" if inner else entry.name
-                    if ignored is not None and ignored(f"{folder}/{path}"):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        stack.append((path, depth + 1))
-                        continue
-                    try:
-                        yield _found(path, entry.stat(follow_symlinks=False))
-                    except FileNotFoundError:
-                        continue
-                    except PermissionError:
-                        yield Found(path, _NOTHING_KNOWN, 0, "unreadable")
-        finally:
-            for descriptor in above[1:]:
-                os.close(descriptor)
+                except PermissionError:
+                    yield path, 0, 0, 0, "unreadable"
+                    continue
+                mode = status.st_mode
+                kind = "file" if S_ISREG(mode) else "link" if S_ISLNK(mode) else "other"
+                yield path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, kind
+    finally:
+        for descriptor in above[1:]:
+            os.close(descriptor)
 
 
 def _open_inner(above: list[int], inner: str, depth: int) -> int:
@@ -125,15 +149,30 @@ def _open_inner(above: list[int], inner: str, depth: int) -> int:
 
 
 def signature_of(status: os.stat_result) -> Signature:
+    """Return the signature of a file's status."""
+    return _signature(status.st_size, status.st_mtime_ns)
+
+
+def _signature(size: int, mtime_ns: int) -> Signature:
     # time stamps before 1677 and after 2262 do not fit into the journal's 64 bits
-    return Signature(status.st_size, max(-(2**63), min(status.st_mtime_ns, 2**63 - 1)))
+    return Signature(size, max(-(2**63), min(mtime_ns, 2**63 - 1)))
 
 
-def _found(path: str, status: os.stat_result) -> Found:
-    mode = status.st_mode
-    kind = "file" if stat.S_ISREG(mode) else "link" if stat.S_ISLNK(mode) else "other"
-    touched_ns = max(status.st_mtime_ns, status.st_ctime_ns)
-    return Found(path, signature_of(status), touched_ns, kind)
+class open_inner:  # noqa: N801 - a function to its users; as a generator it would cost a scan half as much again
+    """Open the folder `name` in an open one, and give its descriptor.
+
+    Raises:
+        OSError: It is missing, is no folder, or is a symbolic link.
+    """
+
+    def __init__(self, folder: int, name: str) -> None:
+        self._descriptor = os.open(name, _FOLDER, dir_fd=folder)
+
+    def __enter__(self) -> int:
+        return self._descriptor
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._descriptor)
 
 
 @contextlib.contextmanager
@@ -166,7 +205,7 @@ def open_file(root: Path, relative: str) -> Iterator[FileIO]:
     folder, _, name = relative.rpartition("/")
     with open_folder(root, folder) as descriptor:
         number = os.open(name, _FILE, dir_fd=descriptor)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
+    if not S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise OSError(errno.EINVAL, "not a regular file", relative)
     with FileIO(number) as file:
@@ -181,7 +220,7 @@ def signature(root: Path, relative: str) -> Signature | None:
             status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not stat.S_ISREG(status.st_mode):
+    if not S_ISREG(status.st_mode):
         return None
     return signature_of(status)
 

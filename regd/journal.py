@@ -401,7 +401,8 @@ class Journal:
         with self._write() as db:
             row = db.execute(
                 f"""
-                UPDATE session SET state = 'working', hinted_at = NULL, changed_at = :now
+                UPDATE session SET state = 'working', hinted_at = NULL, listing = NULL,
+                    changed_at = :now
                 WHERE id = (
                     SELECT id FROM session WHERE state IN ('waiting', 'held') AND due_at <= :now
                     ORDER BY due_at LIMIT 1
@@ -411,6 +412,29 @@ class Journal:
                 {"now": self._now()},
             ).fetchone()
         return _session(row) if row else None
+
+    def listings(self, folder: str) -> dict[str, bytes]:
+        """Return the digests that `note_unchanged` wrote of the sessions in one folder."""
+        rows = self._rows(
+            "SELECT folder, listing FROM session"
+            " WHERE folder > ? AND folder < ? AND listing IS NOT NULL",
+            f"{folder}/",
+            f"{folder}0",  # the character after '/'
+        )
+        return dict(rows)
+
+    def note_unchanged(self, sessions: Sequence[tuple[int, float, bytes]]) -> None:
+        """Write down that nothing is to be done where a session's folder looks as it did.
+
+        Args:
+            sessions: Of each its id, its `changed_at` when that was found, and a digest of how its
+                folder looked. One that was worked on since then is passed over.
+        """
+        with self._write() as db:
+            db.executemany(
+                "UPDATE session SET listing = ? WHERE id = ? AND changed_at = ? AND state = 'done'",
+                [(listing, session, changed_at) for session, changed_at, listing in sessions],
+            )
 
     def next_due_at(self) -> float | None:
         """Return when the next waiting or held session is due, or None if there is none."""

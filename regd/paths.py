@@ -11,6 +11,7 @@ import datetime
 import re
 from collections.abc import Iterable
 from fnmatch import translate
+from functools import lru_cache
 from pathlib import PurePath
 
 from one.alf import spec
@@ -162,19 +163,19 @@ class Ignored:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        names: list[str] = []
+        names = [f"{OWNER_FILE}*"]  # regd's own, whatever the settings say
         paths: list[str] = []
         for pattern in patterns:
             (paths if "/" in pattern else names).append(pattern.strip("/"))
-        self._name = _any_of(names)
-        self._path = _any_of(paths)
+        # the names of recordings come again and again
+        self._fits_name = lru_cache(maxsize=65536)(_any_of(names).match)
+        self._fits_path = _any_of(paths).match if paths else None
 
     def __call__(self, path: str) -> bool:
-        """Say whether `path`, with '/' between its parts, is never looked at."""
-        if path.startswith(OWNER_FILE):
+        """Say whether `path`, with '/' between its parts, fits a pattern."""
+        if self._fits_name(path[path.rfind("/") + 1 :]):
             return True
-        name = path.rpartition("/")[2]
-        return bool(self._name.match(name) or self._path.match(path))
+        return self._fits_path is not None and self._fits_path(path) is not None
 
 
 def _any_of(patterns: list[str]) -> re.Pattern[str]:

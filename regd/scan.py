@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 from regd import files
 from regd.errors import InvalidPath, printable
+from regd.files import Found
 from regd.journal import FileRow, Journal, SessionRow
 from regd.logs import get_logger
 from regd.model import FileState, SessionPath, SessionState
@@ -17,6 +20,7 @@ from regd.paths import (
     SESSION_FORM,
     Ignored,
     could_become_session,
+    is_date,
     is_utf8,
     parse_session,
 )
@@ -24,6 +28,7 @@ from regd.settings import Settings
 
 _DAY_S = 86400.0
 _log = get_logger()
+_Listing = list[tuple[str, int, int, int, str]]  # the fields of each file that was found
 
 
 @dataclass(slots=True)
@@ -47,6 +52,18 @@ class ScanResult:
     strays: list[tuple[str, str, str]] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Pass:
+    """One scan: how it looks at things, and what it has seen."""
+
+    now: float
+    everything: bool
+    rebuild: bool
+    dry: bool
+    result: ScanResult = field(default_factory=ScanResult)
+    unchanged: list[tuple[int, float, bytes]] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class Scanner:
     """Compares a data root with the journal.
@@ -57,6 +74,7 @@ class Scanner:
         journal: What is known.
         ignored: Says of a path below the root whether it is never looked at.
         stop: Set to end a scan early.
+        between: Called between two folders; a scan of a large root takes long.
     """
 
     root: Path
@@ -64,6 +82,7 @@ class Scanner:
     journal: Journal
     ignored: Ignored
     stop: threading.Event
+    between: Callable[[], None] = lambda: None
 
     def scan(
         self,
@@ -86,112 +105,116 @@ class Scanner:
         Raises:
             OSError: The folder cannot be read.
         """
-        result = ScanResult()
-        for session in self._sessions(below, result):
-            if self.stop.is_set():
-                return result
-            self._look(session, now, result, everything=everything, rebuild=rebuild, dry=dry)
-        if not dry:
-            number = int(self.journal.fact("scan") or 0) + (0 if below else 1)
-            for path, reason, hint in self.journal.write_strays(number, result.strays):
-                _log.warning("stray.found", path=path, reason=reason, hint=hint)
+        this = _Pass(now, everything, rebuild, dry)
+        result = this.result
+        try:
+            with files.open_folder(self.root, below) as descriptor:
+                self._enter(descriptor, below, this)
+        except (FileNotFoundError, NotADirectoryError):
             if not below:
-                self.journal.drop_strays_before(number)
-                self.journal.set_fact("scan", number)
-                backlog = {"sessions": result.backlog_sessions, "files": result.backlog_files}
-                self.journal.set_fact("backlog", {**backlog, "at": now})
+                raise
+            return result  # it went away again
+        if dry:
+            return result
+        self.journal.note_unchanged(this.unchanged)
+        if self.stop.is_set():
+            return result
+        number = int(self.journal.fact("scan") or 0) + (0 if below else 1)
+        for path, reason, hint in self.journal.write_strays(number, result.strays):
+            _log.warning("stray.found", path=path, reason=reason, hint=hint)
+        if not below:
+            self.journal.drop_strays_before(number)
+            self.journal.set_fact("scan", number)
+            backlog = {"sessions": result.backlog_sessions, "files": result.backlog_files}
+            self.journal.set_fact("backlog", {**backlog, "at": now})
         return result
 
-    def _sessions(self, below: str, result: ScanResult) -> Iterator[SessionPath]:
-        """Yield the session folders below a folder, and add what belongs to none to the strays."""
-        stack = [below]
-        while stack:
-            folder = stack.pop()
-            parts = tuple(filter(None, folder.split("/")))
-            try:
-                yield parse_session(parts)
-            except InvalidPath as error:
-                if could_become_session(parts) and is_utf8(folder):
-                    stack.extend(self._open(folder, result))
-                elif example := self._first_file(folder):
-                    reason = f"{printable(folder)} is no session folder, but holds {example}"
-                    hint = error.hint if len(parts) in (3, 5) else f"sessions are {SESSION_FORM}"
-                    hint = f"rename it ({hint}), or name it in watch.ignore"
-                    result.strays.append((printable(folder), reason, hint))
-
-    def _open(self, folder: str, result: ScanResult) -> Iterator[str]:
-        """Yield the folders in one that holds sessions, and add its files to the strays."""
+    def _enter(self, descriptor: int, folder: str, this: _Pass) -> None:
+        """Look at an open folder: a session, one that holds sessions, or one that is none."""
+        parts = tuple(filter(None, folder.split("/")))
         try:
-            with files.open_folder(self.root, folder) as descriptor, os.scandir(descriptor) as all_:
-                entries = sorted(all_, key=lambda e: e.name, reverse=True)
-                yield from self._sort_out(folder, entries, result)
-        except (FileNotFoundError, NotADirectoryError):
-            if not folder:
-                raise
-        except OSError as error:
-            if not folder:
-                raise
-            hint = "give regd's user the right to read it"
-            result.strays.append((folder, f"{folder}: {error.strerror}", hint))
+            session = parse_session(parts)
+        except InvalidPath as error:
+            if could_become_session(parts) and is_utf8(folder):
+                self._look_inside(descriptor, folder, this)
+            elif example := self._first_file(descriptor, folder):
+                reason = f"{printable(folder)} is no session folder, but holds {example}"
+                hint = error.hint if len(parts) in (3, 5) else f"sessions are {SESSION_FORM}"
+                hint = f"rename it ({hint}), or name it in watch.ignore"
+                this.result.strays.append((printable(folder), reason, hint))
+        else:
+            self._look(session, self._list(descriptor, folder), this)
 
-    def _sort_out(
-        self, folder: str, entries: list[os.DirEntry[str]], result: ScanResult
-    ) -> Iterator[str]:
+    def _look_inside(self, descriptor: int, folder: str, this: _Pass) -> None:
+        """Look at the folders in an open one that holds sessions, or folders of sessions."""
+        holds_sessions = is_date(folder.rpartition("/")[2])
+        seen = self.journal.listings(folder) if holds_sessions else {}
+        with os.scandir(descriptor) as listed:
+            entries = sorted(listed, key=lambda entry: entry.name)
         for entry in entries:
+            self.between()
+            if self.stop.is_set():
+                return
             path = f"{folder}/{entry.name}" if folder else entry.name
-            is_flag = entry.name == self.settings.flag
-            if self.ignored(path) and not is_flag:
+            if self.ignored(path) and entry.name != self.settings.flag:
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield path
+            if not entry.is_dir(follow_symlinks=False):
+                this.result.strays.append(self._stray(path, is_link=entry.is_symlink()))
                 continue
-            shown = printable(path)
-            if entry.is_symlink():
-                reason = f"{shown} is a symbolic link, and links are not followed"
-                hint = "use a mount"
-            else:
-                reason, hint = f"{shown} is in no session folder", f"sessions are {SESSION_FORM}"
-            hint = f"{hint}; or name it in watch.ignore"
-            result.strays.append((shown, reason, hint))
+            try:
+                with files.open_inner(descriptor, entry.name) as inner:
+                    if (listing := seen.get(path)) is not None:
+                        found = self._list(inner, path)
+                        if self._digest(found) == listing:
+                            this.result.sessions += 1
+                            this.result.files += len(found)
+                            continue
+                    self._enter(inner, path, this)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # it went away since it was listed
+            except OSError as error:
+                hint = "give regd's user the right to read it"
+                shown = printable(path)
+                this.result.strays.append((shown, f"{shown}: {error.strerror}", hint))
 
-    def _first_file(self, folder: str) -> str | None:
-        """Return the path, below `folder`, of one file in it, or None."""
+    def _stray(self, path: str, *, is_link: bool) -> tuple[str, str, str]:
+        shown = printable(path)
+        if is_link:
+            reason = f"{shown} is a symbolic link, and links are not followed"
+            hint = "use a mount"
+        else:
+            reason, hint = f"{shown} is in no session folder", f"sessions are {SESSION_FORM}"
+        return shown, reason, f"{hint}; or name it in watch.ignore"
+
+    def _first_file(self, descriptor: int, folder: str) -> str | None:
+        """Return the path, below an open folder, of one file in it, or None."""
         flag = self.settings.flag
-        try:
-            if files.signature(self.root, f"{folder}/{flag}") is not None:
+
+        def is_ignored(path: str) -> bool:
+            return self.ignored(path) and not path.endswith(f"/{flag}")
+
+        first = None
+        for path, *_ in files.walk_open(descriptor, folder, is_ignored, flag):
+            first = first or path
+            if path == flag:
                 return flag
-            found = next(self._walk(folder), None)
-        except OSError:
-            return None
-        return printable(found.path) if found else None
+        return printable(first) if first else None
 
-    def _walk(self, folder: str) -> Iterator[files.Found]:
-        return files.walk(self.root, folder, self._is_ignored)
+    def _list(self, descriptor: int, folder: str) -> _Listing:
+        return list(files.walk_open(descriptor, folder, self.ignored, self.settings.flag))
 
-    def _is_ignored(self, path: str) -> bool:
-        return self.ignored(path) and not path.endswith(f"/{self.settings.flag}")
+    def _digest(self, found: _Listing) -> bytes:
+        """Return what is the same for a session folder in which nothing has changed."""
+        salt = b"files" if self.settings.register.files else b""
+        # version 2 of the format: later ones depend on what else refers to a string
+        return blake2b(marshal.dumps(found, 2), digest_size=8, salt=salt).digest()
 
-    def _look(
-        self,
-        session: SessionPath,
-        now: float,
-        result: ScanResult,
-        *,
-        everything: bool,
-        rebuild: bool,
-        dry: bool,
-    ) -> None:
+    def _look(self, session: SessionPath, listing: _Listing, this: _Pass) -> None:
         """Count one session folder and note it if it needs work."""
-        try:
-            found = list(self._walk(session.folder))
-        except (FileNotFoundError, NotADirectoryError):
-            return  # it went away since it was listed
-        except OSError as error:
-            reason = f"{session.folder}: {error.strerror}"
-            result.strays.append((session.folder, reason, "give regd's user the right to read it"))
-            return
-        flagged = any(f.path == self.settings.flag for f in found)
-        found = [f for f in found if f.path != self.settings.flag]
+        result = this.result
+        flag = self.settings.flag
+        found = [Found._make(fields) for fields in listing if fields[0] != flag]
+        flagged = len(found) < len(listing)
         result.sessions += 1
         result.files += len(found)
         known = self.journal.known(session.folder)
@@ -200,24 +223,26 @@ class Scanner:
             if not flagged and not found:
                 return
             readable = [f for f in found if f.kind not in ("unreadable", "deep")]
-            newest_s = max((f.modified_s for f in readable), default=now)
-            old = now - newest_s > self.settings.scan.backlog_days * _DAY_S and not flagged
-            if old and not everything and not rebuild:
+            newest_s = max((f.modified_s for f in readable), default=this.now)
+            old = this.now - newest_s > self.settings.scan.backlog_days * _DAY_S and not flagged
+            if old and not this.everything and not this.rebuild:
                 result.backlog_sessions += 1
                 result.backlog_files += len(found)
                 return
         elif not self._needs_work(*known, flagged, found):
+            if known[0].state is SessionState.DONE:
+                this.unchanged.append((known[0].id, known[0].changed_at, self._digest(listing)))
             return
-        if dry:
+        if this.dry:
             result.noted.append(session.folder)
             return
         other = self.journal.note(
             session,
-            due_at=now,
+            due_at=this.now,
             flagged=flagged,
             new_flag=flagged and not (known and known[0].flagged),
-            asked=old and everything,  # never to be created only because the journal was lost
-            held_until=now + self.settings.scan.every_s,
+            asked=old and this.everything,  # never to be created only because the journal was lost
+            held_until=this.now + self.settings.scan.every_s,
         )
         if other is None:
             result.noted.append(session.folder)
@@ -230,7 +255,7 @@ class Scanner:
         row: SessionRow,
         known: dict[str, FileRow],
         flagged: bool,
-        found: list[files.Found],
+        found: list[Found],
     ) -> bool:
         if flagged and (not row.flagged or row.state is SessionState.DONE):
             return True

@@ -17,6 +17,8 @@ CREATE TABLE session (
     due_at      REAL    NOT NULL,              -- when it is looked at next, if waiting or held
     not_before  REAL    NOT NULL DEFAULT 0,    -- ... and never before, whatever happens meanwhile
     hinted_at   REAL,                          -- something happened while it was in work: due then
+    listing     BLOB,                          -- what its folder looked like when a scan compared it
+                                               -- with `file` and found nothing to do; NULL since then
     attempt     INTEGER NOT NULL DEFAULT 0,    -- failures since the last success
     reason      TEXT,                          -- why it waits, is held or parked
     hint        TEXT,                          -- what a person can do about it

@@ -191,7 +191,7 @@ def test_walk_names_a_folder_that_may_not_be_read_and_goes_on(public: Path) -> N
     (public / "a/b").chmod(0o755)
     assert {path: f.kind for path, f in found.items()} == {"a/b": "unreadable", "a/c/y": "file"}
     # nothing is known of it, so no size and no time are made up
-    assert found["a/b"] == files.Found("a/b", Signature(0, 0), 0, "unreadable")
+    assert found["a/b"] == files.Found("a/b", 0, 0, 0, "unreadable")
 
 
 @pytest.mark.parametrize("inner", ["x", "deep/x"])
