@@ -82,6 +82,100 @@ def place(make: Callable[..., Place]) -> Place:
     return make()
 
 
+# --- what a scan remembers -----------------------------------------------------------------------
+
+
+def listing(place: Place) -> bytes | None:
+    return place.journal.listings("a/2020-01-01").get(S1)
+
+
+@pytest.fixture
+def compared(place: Place) -> Place:
+    """A session that is registered, and was found to need nothing."""
+    place.put(f"{S1}/alf/spikes.times.npy")
+    place.scan()
+    place.finish()
+    assert listing(place) is None
+    assert place.scan().noted == []
+    assert listing(place) is not None
+    return place
+
+
+def test_a_session_in_which_nothing_changed_is_counted_without_its_files_being_read(
+    compared: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Journal, "files", lambda *_: pytest.fail("its rows were read"))
+    again = compared.scan()
+    assert (again.sessions, again.files, again.noted) == (1, 1, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: (s / "alf/spikes.times.npy").write_bytes(b"y" * 9),
+        lambda s: os.utime(s / "alf/spikes.times.npy", (NOW, NOW)),
+        lambda s: (s / "alf/spikes.clusters.npy").write_bytes(b"x"),
+        lambda s: (s / "alf/spikes.times.npy").rename(s / "alf/spikes.amps.npy"),
+        lambda s: (s / FLAG).touch(),
+    ],
+    ids=["written", "touched", "added", "renamed", "flagged"],
+)
+def test_what_changes_after_that_is_noted(compared: Place, change: Callable[[Path], Any]) -> None:
+    change(compared.root / S1)
+    assert compared.scan().noted == [S1]
+
+
+def test_a_session_that_was_worked_on_is_compared_again(compared: Place) -> None:
+    assert compared.journal.retry(S1) == 1
+    assert compared.journal.claim() is not None
+    assert listing(compared) is None
+
+
+def test_a_finding_that_is_out_of_date_is_not_written_down(compared: Place) -> None:
+    row = compared.row()
+    compared.journal.retry(S1)
+    compared.journal.claim()
+    compared.journal.note_unchanged([(row.id, row.changed_at, b"while it is in work")])
+    assert listing(compared) is None
+    compared.journal.release(row.id, SessionState.DONE)
+    compared.journal.note_unchanged([(row.id, row.changed_at - 1.0, b"before it was")])
+    assert listing(compared) is None
+
+
+def test_files_that_were_of_no_interest_are_looked_at_once_they_are(
+    make: Callable[..., Place],
+) -> None:
+    place = make(register={"files": False})
+    place.put(f"{S1}/{FLAG}")
+    place.put(f"{S1}/alf/spikes.times.npy")
+    place.scan()
+    row = place.journal.claim()
+    assert row is not None
+    place.journal.unflagged(row.id)
+    place.journal.release(row.id, SessionState.DONE)
+    (place.root / S1 / FLAG).unlink()
+    assert place.scan().noted == []
+    assert place.scan().noted == []
+    place.settings = Settings()
+    assert place.scan().noted == [S1]
+
+
+def test_others_get_a_turn_between_two_folders(place: Place) -> None:
+    for number in range(1, 4):
+        place.put(f"a/2020-01-01/00{number}/alf/spikes.times.npy")
+    turns: list[None] = []
+    scanner = Scanner(
+        place.root,
+        place.settings,
+        place.journal,
+        Ignored(()),
+        place.stop,
+        lambda: turns.append(None),
+    )
+    scanner.scan(NOW)
+    assert len(turns) >= 3
+
+
 # --- what is noted -------------------------------------------------------------------------------
 
 
