@@ -236,6 +236,9 @@ class Journal:
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         with self._lock, self._explained():
+            if self._db.in_transaction:  # this thread is in `together`
+                yield self._db
+                return
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -244,6 +247,12 @@ class Journal:
                 if self._db.in_transaction:  # a full disk may have ended it already
                     self._db.execute("ROLLBACK")
                 raise
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Make all changes of this thread in the block one: each alone would take a commit."""
+        with self._write():
+            yield
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with self._lock, self._explained():

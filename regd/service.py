@@ -35,7 +35,7 @@ from regd.errors import (
 )
 from regd.journal import FILE_NAME, Journal, asides, set_aside
 from regd.logs import Recurring, get_logger
-from regd.model import FileState, SessionState
+from regd.model import FileState, SessionPath, SessionState
 from regd.owner import HEARTBEAT_S, SILENT_BEATS, Owner, myself
 from regd.paths import Ignored, could_become_session, parse_session, session_depth
 from regd.registration import RegistrationClient
@@ -49,6 +49,7 @@ from regd.worker import HELD_LONGEST_S, Gate, Worker, check_root
 STOP_WITHIN_S = 4.0
 """How long what is in hand may take to finish after SIGTERM, in seconds."""
 _TICK_S = 1.0  # how often the journal is asked for what other processes want
+_IDLE_S = 30.0  # a worker with nothing to do is told of news; this is how long it believes that
 _REMIND_S = 3600.0
 _AFTER_OVERFLOW_S = 30.0
 _HELD_UP_S = 0.5
@@ -159,6 +160,15 @@ def unfinished(journal: Journal) -> bool:
     return any(row.state is SessionState.WORKING or row.attempt == 0 for row in rows)
 
 
+@dataclass(slots=True)
+class _Note:
+    """What the hints of one moment say of a session."""
+
+    session: SessionPath
+    due_at: float
+    flagged: bool = False
+
+
 class Service:
     """Everything that runs, from settings alone; one at a time on a state folder.
 
@@ -203,7 +213,9 @@ class Service:
         )
         self.owner = Owner(self.root, myself(settings.state_dir))
         self.gate = Gate(clock, chance)
-        self.scanner = Scanner(self.root, settings, self.journal, self._ignored, stop)
+        self.scanner = Scanner(
+            self.root, settings, self.journal, self._ignored, stop, self._note_hints
+        )
         self.worker = Worker(
             self.root,
             settings,
@@ -218,6 +230,8 @@ class Service:
             chance=chance,
         )
         self._hints: queue.SimpleQueue[Hint] = queue.SimpleQueue()
+        self._to_scan: set[str] = set()  # folders that a hint named, outside any session
+        self._overflowed = False
         self._news = threading.Condition()
         self._news_count = 0
         self._failed: BaseException | None = None
@@ -436,10 +450,12 @@ class Service:
         return self._probe() or self.worker.step()
 
     def _idle_s(self) -> float:
-        due_at = self.journal.next_due_at()
-        if due_at is None or self.gate.error is not None or not self.owner.holds:
+        if self.gate.error is not None or not self.owner.holds:
             return _TICK_S
-        return min(_TICK_S, max(0.0, due_at - self._now()))
+        due_at = self.journal.next_due_at()
+        if due_at is None:
+            return _IDLE_S
+        return min(_IDLE_S, max(0.0, due_at - self._now()))
 
     def _tell(self) -> None:
         """Wake the workers: there may be something to do."""
@@ -545,6 +561,10 @@ class Service:
             self._tell()
         return True
 
+    def _close_gate(self, error: TryLater | Unauthorized) -> None:
+        self.gate.close(error)
+        self._tell()  # the workers say so, and find out when it is over
+
     def _tell_away(self, error: RegdError) -> None:
         kind, hint, at_once = "alyx", error.hint, False
         if isinstance(error, DataRootAway):
@@ -594,7 +614,7 @@ class Service:
             hint = "correct `repository`, or create it on Alyx"
             _log.error("repository.unknown", reason=error.reason, hint=hint)
         except (TryLater, Unauthorized) as error:
-            self.gate.close(error)
+            self._close_gate(error)
         except RegdError as error:
             _log.error("alyx.odd", reason=error.reason, hint=error.hint)
 
@@ -642,7 +662,7 @@ class Service:
                 known_root = identity
                 next_scan_at = self._clock()
                 if identity is None:
-                    self.gate.close(DataRootAway(f"the data root {self.root} is gone"))
+                    self._close_gate(DataRootAway(f"the data root {self.root} is gone"))
                 elif self._watcher is not None:  # another folder is there now: watch that
                     self._watcher.stop()
                     self._watcher = self._watch()
@@ -687,7 +707,7 @@ class Service:
                 self._now(), below=below, everything=everything, rebuild=rebuild
             )
         except DataRootAway as error:
-            self.gate.close(error)
+            self._close_gate(error)
             return
         except OSError as error:
             _log.warning("scan.failed", path=below, reason=str(error))
@@ -706,25 +726,43 @@ class Service:
         )
 
     def _take_hints(self) -> bool:
-        """Wait for hints for one tick at most, note what they say; return True on an overflow."""
+        """Wait for hints for one tick at most, do what they say; return True on an overflow."""
         try:
-            hint = self._hints.get(timeout=_TICK_S)
+            self._note_hints(self._hints.get(timeout=_TICK_S))
         except queue.Empty:
             return False
-        overflow = False
-        folders: set[str] = set()
+        folders, self._to_scan = self._to_scan, set()
+        for folder in folders - {""}:  # a file in the root itself is named by the next whole scan
+            self._scan(below=folder)
+        overflowed, self._overflowed = self._overflowed, False
+        return overflowed
+
+    def _note_hints(self, hint: Hint | None = None) -> None:
+        """Note the sessions of all hints that are there, each session once."""
+        if hint is None and self._hints.empty():
+            return
+        notes: dict[str, _Note] = {}
         while True:
-            overflow |= hint.overflow
-            if hint.path and not self._ignores(hint.path):
-                self._take_hint(hint, folders)
+            if hint is not None:
+                self._overflowed |= hint.overflow
+                if hint.path and not self._ignores(hint.path):
+                    self._take_hint(hint, notes)
             try:
                 hint = self._hints.get_nowait()
             except queue.Empty:
                 break
-        for folder in folders - {""}:  # a file in the root itself is named by the next whole scan
-            self._scan(below=folder)
+        with self.journal.together():
+            for note in notes.values():
+                other = self.journal.note(
+                    note.session,
+                    due_at=note.due_at,
+                    flagged=note.flagged,
+                    new_flag=note.flagged,
+                    held_until=self._now() + self.settings.scan.every_s,
+                )
+                if other is not None:  # the scan says so in the one place where that is said
+                    self._to_scan.add(note.session.folder)
         self._tell()
-        return overflow
 
     def _ignores(self, path: str) -> bool:
         parts = path.split("/")
@@ -732,8 +770,8 @@ class Service:
             parts.pop()
         return any(self._ignored("/".join(parts[: n + 1])) for n in range(len(parts)))
 
-    def _take_hint(self, hint: Hint, folders: set[str]) -> None:
-        """Note the session of a hint, or add the folder to scan for one outside any session."""
+    def _take_hint(self, hint: Hint, notes: dict[str, _Note]) -> None:
+        """Add the session of a hint to the notes, or the folder of one outside any to the scans."""
         parts = tuple(hint.path.split("/"))
         depth = session_depth(parts)
         try:
@@ -741,7 +779,8 @@ class Service:
         except InvalidPath:
             # the highest folder that can hold no session is the one to name to a person
             wrong = (n for n in range(1, len(parts)) if not could_become_session(parts[:n]))
-            folders.add("/".join(parts[: next(wrong, len(parts) if hint.is_folder else -1)]))
+            folder = parts[: next(wrong, len(parts) if hint.is_folder else -1)]
+            self._to_scan.add("/".join(folder))
             return
         settle = self.settings.settle
         now = self._now()
@@ -754,15 +793,9 @@ class Service:
             due_at = now + (0.0 if hint.is_folder else settle.closed_quiet_s)
         else:
             due_at = now + settle.quiet_s
-        other = self.journal.note(
-            session,
-            due_at=due_at,
-            flagged=is_flag,
-            new_flag=is_flag,
-            held_until=now + self.settings.scan.every_s,
-        )
-        if other is not None:  # the scan says so in the one place where that is said
-            folders.add(session.folder)
+        note = notes.setdefault(session.folder, _Note(session, due_at))
+        note.due_at = min(note.due_at, due_at)
+        note.flagged |= is_flag
 
 
 def _identity(root: Path) -> tuple[int, int] | None:
