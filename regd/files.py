@@ -34,6 +34,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 # The f_type (statfs(2)) of NFS and of the three clients for Windows shares.
 _REMOTE = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42}
+_LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x2FC12FC1, 0xF2F52010, 0x01021994, 0x794C7630}
+"""Those of ext2 to ext4, XFS, Btrfs, ZFS, F2FS, tmpfs and overlayfs."""
 
 
 class Found(NamedTuple):
@@ -270,12 +272,23 @@ def is_open_for_writing(file: FileIO) -> bool | None:
     return True
 
 
+def is_local(number: int) -> bool:
+    """Say whether an open file is surely on a disk of this computer, which no other one sees."""
+    return _file_system(number) in _LOCAL
+
+
 def _is_remote(number: int) -> bool:
     """Say whether a file is on a network drive that refuses a lease for reasons of its own."""
+    kind = _file_system(number)
+    return kind is None or kind in _REMOTE
+
+
+def _file_system(number: int) -> int | None:
+    """Return the f_type of an open file's file system, or None if it does not tell."""
     status = ctypes.create_string_buffer(512)
     if _libc.fstatfs(number, status) != 0:
-        return True
-    return ctypes.c_ulong.from_buffer(status).value in _REMOTE
+        return None
+    return ctypes.c_ulong.from_buffer(status).value
 
 
 @contextlib.contextmanager

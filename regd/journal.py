@@ -44,6 +44,7 @@ class SessionRow:
     doubt: bool
     due_at: float
     attempt: int
+    looked: int
     reason: str | None
     hint: str | None
     changed_at: float
@@ -71,7 +72,8 @@ class FileRow:
 
 
 _SESSION_COLUMNS = (
-    "id, folder, state, flagged, asked, eid, doubt, due_at, attempt, reason, hint, changed_at"
+    "id, folder, state, flagged, asked, eid, doubt, due_at, attempt, looked, reason, hint,"
+    " changed_at"
 )
 _FILE_COLUMNS = (
     "path, state, size, mtime_ns, md5, dataset_id, move_to, reason, hint, first_seen_at, changed_at"
@@ -461,6 +463,7 @@ class Journal:
         due_at: float = 0.0,
         not_before: float = 0.0,
         attempt: int = 0,
+        looked: int = 0,
         reason: str | None = None,
         hint: str | None = None,
     ) -> None:
@@ -479,7 +482,7 @@ class Journal:
                                   THEN max(:not_before, min(hinted_at, :due_at))
                                   ELSE hinted_at END,
                     not_before = :not_before, hinted_at = NULL, attempt = :attempt,
-                    reason = :reason, hint = :hint,
+                    looked = :looked, reason = :reason, hint = :hint,
                     changed_at = :now
                 WHERE id = :id AND state = 'working'
                 """,
@@ -489,6 +492,7 @@ class Journal:
                     "due_at": due_at,
                     "not_before": not_before,
                     "attempt": attempt,
+                    "looked": looked,
                     "reason": reason,
                     "hint": hint,
                     "now": self._now(),
@@ -501,9 +505,8 @@ class Journal:
             return db.execute(
                 """
                 UPDATE session SET state = 'waiting', doubt = 1,
-                    -- its creation may be on its way: look only when it must have arrived
-                    not_before = CASE WHEN eid IS NULL THEN :now + :settle_s ELSE 0 END,
-                    due_at = CASE WHEN eid IS NULL THEN :now + :settle_s ELSE :now END
+                    -- what was sent may be on its way: look only when it must have arrived
+                    not_before = :now + :settle_s, due_at = :now + :settle_s
                 WHERE state = 'working'
                 """,
                 {"now": self._now(), "settle_s": UNKNOWN_OUTCOME_S},
@@ -583,7 +586,7 @@ class Journal:
             sessions = db.execute(
                 """
                 UPDATE session SET state = 'waiting', due_at = max(:now, not_before), attempt = 0,
-                    changed_at = :now
+                    looked = 0, changed_at = :now
                 WHERE (:folder IS NULL OR folder = :folder) AND state <> 'working' AND (
                     state IN ('parked', 'held', 'waiting') OR :folder IS NOT NULL
                     OR id IN (SELECT session_id FROM file WHERE state = 'refused'))

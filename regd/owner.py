@@ -315,7 +315,8 @@ class Owner:
         content = json.dumps({**asdict(self._me), "beat": self._beat}).encode() + b"\n"
         os.pwrite(file, content, 0)
         os.ftruncate(file, len(content))
-        os.fsync(file)  # a file server, and with it the others, would see it much later
+        if not files.is_local(file):
+            os.fsync(file)  # its server, and with it the others, would see it much later
 
     def _root_changed(self) -> bool:
         """Say whether another folder is now where the data root was, as after a mount."""

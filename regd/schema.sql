@@ -20,6 +20,7 @@ CREATE TABLE session (
     listing     BLOB,                          -- what its folder looked like when a scan compared it
                                                -- with `file` and found nothing to do; NULL since then
     attempt     INTEGER NOT NULL DEFAULT 0,    -- failures since the last success
+    looked      INTEGER NOT NULL DEFAULT 0,    -- how often Alyx was asked for it in vain, while held
     reason      TEXT,                          -- why it waits, is held or parked
     hint        TEXT,                          -- what a person can do about it
     changed_at  REAL    NOT NULL,

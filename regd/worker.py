@@ -137,6 +137,7 @@ class _Next:
     reason: str | None = None
     hint: str | None = None
     not_before: float = 0.0
+    looked: int = 0
 
 
 _Blocked = dict[str, TryLater]
@@ -197,6 +198,7 @@ class Worker:
             due_at=after.due_at,
             not_before=after.not_before,
             attempt=after.attempt,
+            looked=after.looked,
             reason=after.reason,
             hint=after.hint,
         )
@@ -206,7 +208,14 @@ class Worker:
         try:
             return self._job(row)
         except Stopping:
-            return _Next(SessionState.WAITING, self.now(), row.attempt, row.reason, row.hint)
+            return _Next(
+                SessionState.WAITING,
+                self.now(),
+                row.attempt,
+                row.reason,
+                row.hint,
+                looked=row.looked,
+            )
         except (AlyxAway, AlyxFault, DataRootAway, Unauthorized) as error:
             unknown = isinstance(error, AlyxAway) and error.unknown_outcome
             if (unknown or isinstance(error, AlyxFault)) and self._alyx_works():
@@ -368,9 +377,10 @@ class Worker:
         hint = f"put a {self.settings.flag} into its folder, or create it on Alyx"
         if row.reason != NOT_ON_ALYX:
             _log.info("session.held", reason=NOT_ON_ALYX, hint=hint)
-        attempt = row.attempt + 1
-        wait_s = backoff_s(attempt, self.settings.scan.every_s, HELD_LONGEST_S, self.chance)
-        return _Next(SessionState.HELD, self.now() + wait_s, attempt, NOT_ON_ALYX, hint)
+        looked = row.looked + 1
+        wait_s = backoff_s(looked, self.settings.scan.every_s, HELD_LONGEST_S, self.chance)
+        due_at = self.now() + wait_s
+        return _Next(SessionState.HELD, due_at, reason=NOT_ON_ALYX, hint=hint, looked=looked)
 
     # --- collect ---------------------------------------------------------------------------------
 
@@ -546,23 +556,26 @@ class Worker:
         while True:
             if self.stop.is_set():
                 raise Stopping("stopped between two requests")
-            ready = [
-                r
-                for r in self.journal.files(row.id).values()
-                if r.state is FileState.READY and r.path not in blocked
-            ]
-            if ready and doubt:
-                ready = self._compare(row, ready)
+            if doubt:
+                if ready := self._ready(row, blocked):
+                    self._compare(row, ready)
                 doubt = False
-            if not ready:
+            chunk = self._ready(row, blocked, size)
+            if not chunk:
                 break
             try:
-                if not self._post_chunk(row, session, ready[:size], blocked):
+                if not self._post_chunk(row, session, chunk, blocked):
                     size = max(1, size // 2)
                     doubt = True
             except (AlyxAway, AlyxFault):
                 self.journal.set_doubt(row.id, True)
                 raise
+
+    def _ready(self, row: SessionRow, blocked: _Blocked, most: int = -1) -> list[FileRow]:
+        """Return files that can be posted now: all of them, or at most that many."""
+        limit = most if most < 0 else most + len(blocked)
+        ready = [r for r in self.journal.ready_files(row.id, limit) if r.path not in blocked]
+        return ready if most < 0 else ready[:most]
 
     def _post_chunk(
         self, row: SessionRow, session: SessionPath, chunk: list[FileRow], blocked: _Blocked
@@ -622,7 +635,6 @@ class Worker:
         if created_by := register.created_by or self.client.alyx.user:
             options["created_by"] = created_by
         items = [FileToPost(r.path, r.signature.size, r.md5, register.versions) for r in rows]
-        self.journal.durable()  # after a power cut it is known that Alyx may hold them
         records = self.client.post_files(session, items, checked=checked, options=options)
         done = [
             replace(

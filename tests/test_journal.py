@@ -261,7 +261,8 @@ def test_recover_puts_back_what_was_in_work_with_a_doubt(journal: Journal, clock
     assert journal.recover() == 0
     for number in (1, 2):
         row = row_of(journal, path_of(number))
-        assert (row.state, row.due_at, row.doubt, row.eid) == (WAITING, 1100.0, True, "eid")
+        # what was sent for it may still be on its way
+        assert (row.state, row.due_at, row.doubt, row.eid) == (WAITING, 1115.0, True, "eid")
     assert row_of(journal, path_of(3)).due_at == 903.0
 
 
