@@ -40,6 +40,15 @@ def test_events_table() -> None:
     assert listed == logged
 
 
+def test_promises() -> None:
+    """Every promise names tests that are there."""
+    for line in between("promises").splitlines()[2:]:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line)
+        assert named, line
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / "tests/chaos" / file).read_text(), test
+
+
 def test_library_example(sandbox: Server, tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     example = example.replace("http://127.0.0.1:8000", sandbox.url)
