@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from regd.journal import Journal
-    from regd.service import Progress
     from regd.settings import Loaded, Settings
     from regd.status import Report
 
@@ -60,8 +59,7 @@ def escape(text: str) -> str:
 
 def main() -> None:
     """Run the command line; every failure is one line with what to do, and a status above 0."""
-    from regd.errors import RegdError
-    from regd.settings import SettingsError
+    from regd.errors import RegdError, SettingsError
 
     try:
         app()
@@ -182,8 +180,8 @@ def scan(
     something is left or needs a person (`regd status` says what), 2 when it could not run.
     """
     from regd.logs import configure
-    from regd.service import AlreadyRunning, Service, lock, progress
-    from regd.status import is_running, needs_human
+    from regd.service import AlreadyRunning, Service, lock
+    from regd.status import is_running
 
     settings = _load(config).settings
     if dry_run:
@@ -202,27 +200,26 @@ def scan(
         with _journal(settings) as journal, _bar() as report:
             _ask_daemon(journal, stop, everything, report)
     with _journal(settings, read_only=True) as journal:
-        people = needs_human(journal)
-        sessions_left = progress(journal).sessions_left
-        _show_scan(journal, people, sessions_left)
+        sessions_left, _ = journal.left()
+        people = _show_scan(journal, sessions_left)
     raise typer.Exit(1 if people or sessions_left else 0)
 
 
 def _ask_daemon(journal: Journal, stop: threading.Event, everything: bool, report: Any) -> None:
     """Have the running daemon scan, and wait until it has done what it found."""
-    from regd.service import progress, unfinished
+    from regd.service import unfinished
 
     err.print("a daemon is running: it does the scan", style="dim")
     request = journal.ask_scan(everything=everything)
     while not stop.wait(0.2):
-        report(progress(journal))
+        report(*journal.left())
         if journal.scan_done(request) and not unfinished(journal):
             return
 
 
 @contextmanager
 def _bar() -> Iterator[Any]:
-    """Yield a function that shows a `Progress` on the terminal."""
+    """Yield a function that shows on the terminal what is left, as `Journal.left` says it."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
@@ -235,13 +232,13 @@ def _bar() -> Iterator[Any]:
     )
     with Bar(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task("scanning", total=None)
+        most = 0
 
-        def report(now: Progress) -> None:
+        def report(sessions: int, files: int) -> None:
+            nonlocal most
+            most = max(most, files)
             bar.update(
-                task,
-                description=f"{now.sessions_left} sessions left",
-                completed=now.files_done,
-                total=now.files_done + now.files_left,
+                task, description=f"{sessions} sessions left", completed=most - files, total=most
             )
 
         yield report
@@ -294,10 +291,12 @@ def _scratch_or_real_journal(settings: Settings) -> Iterator[Journal]:
             journal.close()
 
 
-def _show_scan(journal: Journal, people: int, sessions_left: int) -> None:
+def _show_scan(journal: Journal, sessions_left: int) -> int:
+    """Print what has come of a scan; return how many things need a person."""
     from regd.model import FileState, SessionState
 
     sessions, in_files = journal.counts()
+    people = sessions[SessionState.PARKED] + in_files[FileState.REFUSED] + len(journal.strays())
     registered = in_files[FileState.REGISTERED]
     known = _count(sum(sessions.values()), "session")
     done = f"{known} known, {_count(registered, 'file')} registered"
@@ -312,6 +311,7 @@ def _show_scan(journal: Journal, people: int, sessions_left: int) -> None:
     if people:
         needs = "needs" if people == 1 else "need"
         out.print(f"[yellow]{_count(people, 'thing')} {needs} a person: regd status[/yellow]")
+    return people
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,15 +7,33 @@ that a script's ``except`` clauses keep working.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from one.alf.exceptions import ALFError, ALFInvalid, AlyxSubjectNotFound
+
+
+def encodable(text: str) -> str:
+    """Return `text` with every byte that is not UTF-8 shown escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def printable(text: str) -> str:
     """Return `text` with every byte that is not UTF-8 and every control character shown escaped."""
     if text.isprintable():
         return text
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = encodable(text)
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class SettingsError(ValueError):
+    """One or more settings are wrong; the text has one line for each, with what to do.
+
+    `mistakes` holds these lines.
+    """
+
+    def __init__(self, mistakes: Iterable[str]) -> None:
+        self.mistakes = tuple(map(encodable, mistakes))
+        super().__init__("\n".join(self.mistakes))
 
 
 class RegdError(Exception):

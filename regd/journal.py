@@ -717,6 +717,24 @@ class Journal:
         """Return path, reason and hint of all that lies outside any session."""
         return [tuple(row) for row in self._rows("SELECT path, reason, hint FROM stray")]
 
+    def left(self) -> tuple[int, int]:
+        """Return how many sessions wait or are in work, and how many files are on their way."""
+        (sessions,) = self._rows(
+            "SELECT count(*) FROM session WHERE state IN ('waiting', 'working')"
+        )
+        (files,) = self._rows(
+            "SELECT count(*) FROM file WHERE state IN ('settling', 'ready', 'placing')"
+        )
+        return sessions[0], files[0]
+
+    def is_unfinished(self) -> bool:
+        """Say whether any session is in work, or waits for something other than another attempt."""
+        query = (
+            "SELECT EXISTS (SELECT 1 FROM session"
+            " WHERE state = 'working' OR (state = 'waiting' AND attempt = 0))"
+        )
+        return bool(self._rows(query)[0][0])
+
     def counts(self) -> tuple[dict[SessionState, int], dict[FileState, int]]:
         """Return how many sessions and how many files are in each state."""
         sessions = dict(self._rows("SELECT state, count(*) FROM session GROUP BY state"))

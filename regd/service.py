@@ -29,19 +29,20 @@ from regd.errors import (
     NeedsHuman,
     RegdError,
     RootTaken,
+    SettingsError,
     Stopping,
     TryLater,
     Unauthorized,
 )
 from regd.journal import FILE_NAME, Journal, asides, set_aside
 from regd.logs import Recurring, get_logger
-from regd.model import FileState, SessionPath, SessionState
+from regd.model import SessionPath
 from regd.owner import HEARTBEAT_S, SILENT_BEATS, Owner, myself
 from regd.paths import Ignored, could_become_session, parse_session, session_depth
 from regd.registration import RegistrationClient
 from regd.retries import LONGEST_AFTER_S
 from regd.scan import Scanner, ScanResult
-from regd.settings import Settings, SettingsError, credentials, credentials_hint
+from regd.settings import Settings, credentials, credentials_hint
 from regd.settle import Steadiness, Stillness
 from regd.watch import Hint, Watcher
 from regd.worker import HELD_LONGEST_S, Gate, Worker, check_root
@@ -131,33 +132,9 @@ def lock(state_dir: Path) -> Iterator[None]:
         os.close(file)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a one-time scan is.
-
-    Attributes:
-        sessions_left: Sessions that wait or are in work.
-        files_left: Files not registered yet.
-        files_done: Files registered.
-    """
-
-    sessions_left: int
-    files_left: int
-    files_done: int
-
-
-def progress(journal: Journal) -> Progress:
-    """Return how far the work in a journal is."""
-    sessions, in_files = journal.counts()
-    left = sessions[SessionState.WAITING] + sessions[SessionState.WORKING]
-    done, refused = in_files[FileState.REGISTERED], in_files[FileState.REFUSED]
-    return Progress(left, sum(in_files.values()) - done - refused, done)
-
-
 def unfinished(journal: Journal) -> bool:
     """Say whether any session is in work, or waits for something other than another attempt."""
-    rows = journal.sessions(SessionState.WAITING, SessionState.WORKING)
-    return any(row.state is SessionState.WORKING or row.attempt == 0 for row in rows)
+    return journal.is_unfinished()
 
 
 @dataclass(slots=True)
@@ -337,13 +314,13 @@ class Service:
             raise self._failed
 
     def run_once(
-        self, *, everything: bool, report: Callable[[Progress], None] = lambda _: None
+        self, *, everything: bool, report: Callable[[int, int], None] = lambda *_: None
     ) -> ScanResult:
         """Scan once, and work until nothing is left that time alone will finish.
 
         Args:
             everything: Whether to take old sessions, too, that have no flag and are unknown.
-            report: Called several times a second with how far it is.
+            report: Called several times a second with what `Journal.left` says.
 
         Raises:
             RootTaken: Another regd works on the data root.
@@ -356,10 +333,10 @@ class Service:
         workers = self._start_workers()
         try:
             while not self.stop.is_set() and self._failed is None:
-                report(progress(self.journal))
+                report(*self.journal.left())
                 if self.gate.error is not None:
                     raise self.gate.error
-                if not unfinished(self.journal):
+                if not self.journal.is_unfinished():
                     break
                 self.stop.wait(0.05)  # a person watches the bar; the workers do not wait for this
         finally:
@@ -368,7 +345,7 @@ class Service:
             self._end(workers)
         if self._failed is not None:
             raise self._failed
-        report(progress(self.journal))
+        report(*self.journal.left())
         return result
 
     def _recover(self) -> int:

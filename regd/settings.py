@@ -44,6 +44,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from regd.errors import SettingsError, encodable
+
 PREFIX = "REGD_"
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 200  # a path is to be seen whole
@@ -69,22 +71,6 @@ NEVER_DATA = (
     "lost+found",
     "__pycache__",
 )
-
-
-class SettingsError(ValueError):
-    """One or more settings are wrong; the text has one line for each, with what to do.
-
-    `mistakes` holds these lines.
-    """
-
-    def __init__(self, mistakes: Iterable[str]) -> None:
-        self.mistakes = tuple(_encodable(mistake) for mistake in mistakes)
-        super().__init__("\n".join(self.mistakes))
-
-
-def _encodable(text: str) -> str:
-    """Return `text` with what UTF-8 cannot hold (a path's odd bytes) written as an escape."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # --- kinds of value --------------------------------------------------------------------------
@@ -869,7 +855,7 @@ def rows(loaded: Loaded) -> Iterator[Row]:
     """Yield every setting, in the order of the documentation, secrets masked."""
     for key in LEAVES:
         value = _text(_get(loaded.settings, key))
-        yield Row(key, _encodable(value), _encodable(loaded.origins[key]))
+        yield Row(key, encodable(value), encodable(loaded.origins[key]))
 
 
 def markdown_table() -> str:

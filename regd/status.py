@@ -73,12 +73,6 @@ def _is_there(settings: Settings, path: str) -> bool:
     return "\\" in path or os.path.lexists(f"{settings.data_root}/{path}")
 
 
-def needs_human(journal: Journal) -> int:
-    """Return how many parked sessions, refused files and strays there are."""
-    sessions, in_files = journal.counts()
-    return sessions[SessionState.PARKED] + in_files[FileState.REFUSED] + len(journal.strays())
-
-
 def is_running(state_dir: Path) -> bool:
     """Say whether a regd works with that state folder."""
     try:

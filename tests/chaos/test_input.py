@@ -32,13 +32,13 @@ from typer.testing import CliRunner
 from regd import logs
 from regd.alyx import AlyxClient
 from regd.cli import app
-from regd.errors import RegdError, printable
+from regd.errors import RegdError, SettingsError, printable
 from regd.journal import Journal
 from regd.model import FileState, SessionState
 from regd.paths import Ignored, find_session, is_utf8
 from regd.registration import RegistrationClient
 from regd.sandbox.server import Server
-from regd.settings import Settings, SettingsError, load
+from regd.settings import Settings, load
 from tests.chaos import times
 from tests.conftest import INITIAL
 from tests.rig import Lab, Rig, md5, write

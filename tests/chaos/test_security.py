@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from regd import files
 from regd.alyx import AlyxClient
-from regd.errors import AlyxAway, RegdError
+from regd.errors import AlyxAway, RegdError, SettingsError
 from regd.model import FileState, SessionState
-from regd.settings import Settings, SettingsError
+from regd.settings import Settings
 from tests.chaos import times
 from tests.rig import DATASETS, Rig, md5, write
 from tests.test_faults import client
