@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 
 from regd.errors import FileChanged, FileHeld, NeedsHuman, PathTaken, Stopping
 from regd.model import Signature
-from regd.paths import parse_dataset
+from regd.paths import Ignored, parse_dataset
 
 _RENAME_NOREPLACE = 1
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _LONGEST_FOLDER = 255  # characters; ALF allows no more, and each level keeps a folder open
+_NOTHING = Ignored(())
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 # The f_type (statfs(2)) of NFS and of the three clients for Windows shares.
@@ -73,81 +74,80 @@ class Found(NamedTuple):
 
 
 def walk(
-    root: Path, folder: str = "", ignored: Callable[[str], bool] | None = None, flag: str = ""
-) -> Iterator[Found]:
-    """Yield every file, link and special file below a folder, following no link.
+    root: Path, folder: str = "", ignored: Ignored | None = None, flag: str = ""
+) -> list[Found]:
+    """Return every file, link and special file below a folder, following no link.
 
     Args:
         root: The data root.
         folder: An existing folder below it; '' for the root itself.
-        ignored: Called with ``folder + '/' + path``; what it says True to is left out, with all
-            that is below it.
+        ignored: What it fits is left out, with all that is below it.
         flag: The name of a file in `folder` itself that is never left out.
 
     Raises:
         OSError: `folder` itself cannot be read.
     """
     with open_folder(root, folder) as top:
-        yield from map(Found._make, walk_open(top, folder, ignored, flag))
+        return [Found._make(fields) for fields in list_open(top, folder, ignored or _NOTHING, flag)]
 
 
-def walk_open(
-    top: int, folder: str, ignored: Callable[[str], bool] | None, flag: str
-) -> Iterator[tuple[str, int, int, int, str]]:
-    """Yield the fields of each `Found` below an open folder; see `walk`."""
-    # the folders from `top` down to the one above that which is listed, so that none is looked up
-    # by its path again
-    above = [top]
-    stack = [("", 0)]
-    try:
-        while stack:
-            inner, depth = stack.pop()
-            while len(above) > max(depth, 1):
-                os.close(above.pop())
-            if len(inner) > _LONGEST_FOLDER:
-                yield inner, 0, 0, 0, "deep"
+Fields = tuple[str, int, int, int, str]
+"""Those of a `Found`, which takes longer to make."""
+
+
+def list_open(top: int, folder: str, ignored: Ignored, flag: str = "") -> list[Fields]:
+    """Return the fields of each `Found` below an open folder; see `walk`."""
+    found: list[Fields] = []
+    _list_into(found, top, "", f"{folder}/", ignored.fits_name, ignored.fits_path, flag)
+    return found
+
+
+def _list_into(
+    found: list[Fields],
+    descriptor: int,
+    inner: str,
+    prefix: str,
+    fits_name: Callable[[str], object],
+    fits_path: Callable[[str], object] | None,
+    flag: str,
+) -> None:
+    folders = []
+    with os.scandir(descriptor) as listed:
+        for entry in listed:
+            name = entry.name
+            path = inner + name
+            if (
+                fits_name(name) or (fits_path is not None and fits_path(prefix + path))
+            ) and path != flag:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append((name, path))
                 continue
             try:
-                descriptor = _open_inner(above, inner, depth)
-                with os.scandir(descriptor) as listed:
-                    entries = list(listed)
-            except (FileNotFoundError, NotADirectoryError):
-                if not inner:
-                    raise
-                continue  # it went away since it was listed
-            except OSError:
-                if not inner:
-                    raise
-                yield inner, 0, 0, 0, "unreadable"
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
                 continue
-            for entry in entries:
-                name = entry.name
-                path = f"{inner}/{name}" if inner else name
-                if ignored is not None and ignored(f"{folder}/{path}") and path != flag:
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    stack.append((path, depth + 1))
-                    continue
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                except PermissionError:
-                    yield path, 0, 0, 0, "unreadable"
-                    continue
-                mode = status.st_mode
-                kind = "file" if S_ISREG(mode) else "link" if S_ISLNK(mode) else "other"
-                yield path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, kind
-    finally:
-        for descriptor in above[1:]:
-            os.close(descriptor)
-
-
-def _open_inner(above: list[int], inner: str, depth: int) -> int:
-    """Open a folder below the last of those that are open, and add it to them."""
-    if depth:
-        above.append(os.open(inner.rpartition("/")[2], _FOLDER, dir_fd=above[-1]))
-    return above[-1]
+            except PermissionError:
+                found.append((path, 0, 0, 0, "unreadable"))
+                continue
+            mode = status.st_mode
+            kind = "file" if S_ISREG(mode) else "link" if S_ISLNK(mode) else "other"
+            found.append((path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, kind))
+    for name, path in folders:
+        if len(path) > _LONGEST_FOLDER:
+            found.append((path, 0, 0, 0, "deep"))
+            continue
+        try:
+            # from the one above, so that no folder is looked up by its path again
+            below = open_inner(descriptor, name)
+            try:
+                _list_into(found, below, f"{path}/", prefix, fits_name, fits_path, flag)
+            finally:
+                os.close(below)
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # it went away since it was listed
+        except OSError:
+            found.append((path, 0, 0, 0, "unreadable"))
 
 
 def signature_of(status: os.stat_result) -> Signature:
@@ -160,21 +160,13 @@ def _signature(size: int, mtime_ns: int) -> Signature:
     return Signature(size, max(-(2**63), min(mtime_ns, 2**63 - 1)))
 
 
-class open_inner:  # noqa: N801 - a function to its users; as a generator it would cost a scan half as much again
-    """Open the folder `name` in an open one, and give its descriptor.
+def open_inner(folder: int, name: str) -> int:
+    """Open the folder `name` in an open one, and return its descriptor, to be closed.
 
     Raises:
         OSError: It is missing, is no folder, or is a symbolic link.
     """
-
-    def __init__(self, folder: int, name: str) -> None:
-        self._descriptor = os.open(name, _FOLDER, dir_fd=folder)
-
-    def __enter__(self) -> int:
-        return self._descriptor
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._descriptor)
+    return os.open(name, _FOLDER, dir_fd=folder)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import translate
 from functools import lru_cache
 from pathlib import PurePath
@@ -160,6 +160,10 @@ class Ignored:
 
     Args:
         patterns: Such as ``*.tmp`` or ``*/Subjects/*/scratch``.
+
+    Attributes:
+        fits_name: Says of a last name whether a pattern without a slash fits.
+        fits_path: Says of a whole path whether one with a slash does; None if there is none.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
@@ -168,14 +172,14 @@ class Ignored:
         for pattern in patterns:
             (paths if "/" in pattern else names).append(pattern.strip("/"))
         # the names of recordings come again and again
-        self._fits_name = lru_cache(maxsize=65536)(_any_of(names).match)
-        self._fits_path = _any_of(paths).match if paths else None
+        self.fits_name: Callable[[str], object] = lru_cache(maxsize=65536)(_any_of(names).match)
+        self.fits_path: Callable[[str], object] | None = _any_of(paths).match if paths else None
 
     def __call__(self, path: str) -> bool:
         """Say whether `path`, with '/' between its parts, fits a pattern."""
-        if self._fits_name(path[path.rfind("/") + 1 :]):
+        if self.fits_name(path[path.rfind("/") + 1 :]):
             return True
-        return self._fits_path is not None and self._fits_path(path) is not None
+        return self.fits_path is not None and bool(self.fits_path(path))
 
 
 def _any_of(patterns: list[str]) -> re.Pattern[str]:

@@ -6,13 +6,14 @@ import marshal
 import os
 import threading
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
 from regd import files
 from regd.errors import InvalidPath, printable
-from regd.files import Found
+from regd.files import Fields, Found
 from regd.journal import FileRow, Journal, SessionRow
 from regd.logs import get_logger
 from regd.model import FileState, SessionPath, SessionState
@@ -28,7 +29,6 @@ from regd.settings import Settings
 
 _DAY_S = 86400.0
 _log = get_logger()
-_Listing = list[tuple[str, int, int, int, str]]  # the fields of each file that was found
 
 
 @dataclass(slots=True)
@@ -147,12 +147,12 @@ class Scanner:
 
     def _look_inside(self, descriptor: int, folder: str, this: _Pass) -> None:
         """Look at the folders in an open one that holds sessions, or folders of sessions."""
+        self.between()
         holds_sessions = is_date(folder.rpartition("/")[2])
         seen = self.journal.listings(folder) if holds_sessions else {}
         with os.scandir(descriptor) as listed:
             entries = sorted(listed, key=lambda entry: entry.name)
         for entry in entries:
-            self.between()
             if self.stop.is_set():
                 return
             path = f"{folder}/{entry.name}" if folder else entry.name
@@ -162,7 +162,8 @@ class Scanner:
                 this.result.strays.append(self._stray(path, is_link=entry.is_symlink()))
                 continue
             try:
-                with files.open_inner(descriptor, entry.name) as inner:
+                inner = files.open_inner(descriptor, entry.name)
+                try:
                     if (listing := seen.get(path)) is not None:
                         found = self._list(inner, path)
                         if self._digest(found) == listing:
@@ -170,6 +171,8 @@ class Scanner:
                             this.result.files += len(found)
                             continue
                     self._enter(inner, path, this)
+                finally:
+                    os.close(inner)
             except (FileNotFoundError, NotADirectoryError):
                 continue  # it went away since it was listed
             except OSError as error:
@@ -189,27 +192,21 @@ class Scanner:
     def _first_file(self, descriptor: int, folder: str) -> str | None:
         """Return the path, below an open folder, of one file in it, or None."""
         flag = self.settings.flag
+        ignored = copy(self.ignored)  # but for the flag, wherever it is
+        ignored.fits_name = lambda name: name != flag and self.ignored.fits_name(name)
+        paths = [path for path, *_ in files.list_open(descriptor, folder, ignored)]
+        return flag if flag in paths else printable(paths[0]) if paths else None
 
-        def is_ignored(path: str) -> bool:
-            return self.ignored(path) and not path.endswith(f"/{flag}")
+    def _list(self, descriptor: int, folder: str) -> list[Fields]:
+        return files.list_open(descriptor, folder, self.ignored, self.settings.flag)
 
-        first = None
-        for path, *_ in files.walk_open(descriptor, folder, is_ignored, flag):
-            first = first or path
-            if path == flag:
-                return flag
-        return printable(first) if first else None
-
-    def _list(self, descriptor: int, folder: str) -> _Listing:
-        return list(files.walk_open(descriptor, folder, self.ignored, self.settings.flag))
-
-    def _digest(self, found: _Listing) -> bytes:
+    def _digest(self, found: list[Fields]) -> bytes:
         """Return what is the same for a session folder in which nothing has changed."""
         salt = b"files" if self.settings.register.files else b""
         # version 2 of the format: later ones depend on what else refers to a string
         return blake2b(marshal.dumps(found, 2), digest_size=8, salt=salt).digest()
 
-    def _look(self, session: SessionPath, listing: _Listing, this: _Pass) -> None:
+    def _look(self, session: SessionPath, listing: list[Fields], this: _Pass) -> None:
         """Count one session folder and note it if it needs work."""
         result = this.result
         flag = self.settings.flag

@@ -28,6 +28,7 @@ from iblutil.io import hashfile
 from regd import files
 from regd.errors import FileChanged, FileHeld, InvalidPath, NeedsHuman, PathTaken, Stopping
 from regd.model import Signature
+from regd.paths import Ignored
 
 SESSION = "ZM_1085/2020-01-01/001"
 NEVER = threading.Event()  # a stop that never comes
@@ -100,7 +101,7 @@ def test_walk_yields_every_file_with_its_signature(tmp_path: Path) -> None:
 def test_walk_takes_the_newer_of_both_stamps(tmp_path: Path) -> None:
     future = 2**62
     os.utime(put(tmp_path, "a"), ns=(1, future))
-    assert next(files.walk(tmp_path)).touched_ns == future
+    assert files.walk(tmp_path)[0].touched_ns == future
 
 
 def test_walk_follows_no_link_and_names_it(tmp_path: Path) -> None:
@@ -138,9 +139,18 @@ def test_walk_leaves_out_what_is_ignored_and_does_not_enter_it(tmp_path: Path) -
         asked.append(path)
         return path.startswith("s/drop")
 
-    found = files.walk(tmp_path.parent, tmp_path.name, lambda p: ignored("s/" + p.split("/", 1)[1]))
+    found = files.walk(
+        tmp_path.parent, tmp_path.name, asking(lambda p: ignored("s/" + p.split("/", 1)[1]))
+    )
     assert [f.path for f in found] == ["keep/a"]
     assert sorted(asked) == ["s/drop", "s/drop.txt", "s/keep", "s/keep/a"]
+
+
+def asking(answer: Callable[[str], bool]) -> Ignored:
+    """Return what is asked about every path."""
+    ignored = Ignored(())
+    ignored.fits_path = answer
+    return ignored
 
 
 def test_walk_gives_names_that_are_not_utf8_as_the_disk_has_them(tmp_path: Path) -> None:
@@ -163,7 +173,7 @@ def test_walk_passes_over_what_vanishes_meanwhile(tmp_path: Path) -> None:
             (tmp_path / "a").rmdir()
         return False
 
-    assert list(files.walk(tmp_path, "", vanish)) == []
+    assert list(files.walk(tmp_path, "", asking(vanish))) == []
 
 
 def test_walk_passes_over_a_folder_that_a_file_took_the_place_of(tmp_path: Path) -> None:
@@ -174,7 +184,7 @@ def test_walk_passes_over_a_folder_that_a_file_took_the_place_of(tmp_path: Path)
         put(tmp_path, "a")
         return False
 
-    assert list(files.walk(tmp_path, "", replace)) == []
+    assert list(files.walk(tmp_path, "", asking(replace))) == []
 
 
 def test_walk_says_when_the_folder_itself_is_missing(tmp_path: Path) -> None:
@@ -212,7 +222,7 @@ def test_walk_does_not_name_a_folder_that_is_ignored_as_unreadable(public: Path)
     put(public, "a/b/x")
     (public / "a/b").chmod(0)
     with unprivileged(public):
-        assert list(files.walk(public, "", lambda path: path.endswith("/b"))) == []
+        assert list(files.walk(public, "", asking(lambda path: path.endswith("/b")))) == []
     (public / "a/b").chmod(0o755)
 
 
