@@ -142,6 +142,7 @@ class Owner:
     def __init__(self, root: Path, me: Holder, clock: Callable[[], float] = _since_boot) -> None:
         self._root = root
         self._me = me
+        self._new_name = f"{OWNER_FILE}-{me.identity}"  # of the file until it is complete
         self._clock = clock
         self._lock = threading.Lock()
         self._closed = False
@@ -215,6 +216,9 @@ class Owner:
         except OSError:
             return  # it is away, and others say so
         try:
+            with contextlib.suppress(OSError):
+                # of this very regd, killed in `_create`; whether or not there is a file now
+                os.unlink(self._new_name, dir_fd=folder)
             for _ in range(_LOOKS):
                 if self._create(folder) or self._take_over(folder):
                     return
@@ -230,9 +234,7 @@ class Owner:
         """Make the file, which appears locked and written at once; False if there is one."""
         if _stat(folder) is not None:
             return False
-        name = f"{OWNER_FILE}-{self._me.identity}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=folder)  # of this very regd, killed while it was here
+        name = self._new_name
         file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FILE, 0o644, dir_fd=folder)
         try:
             _is_locked(file)

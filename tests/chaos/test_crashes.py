@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import ctypes
 import datetime
 import itertools
-import json
+import multiprocessing
+import os
 import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -30,7 +35,7 @@ from starlette.middleware import Middleware
 from regd.model import FileState, SessionState
 from regd.sandbox.server import Server
 from tests import chaos
-from tests.chaos.victim import TODAY, UNKNOWN_OUTCOME_S, Plan, Victim
+from tests.chaos.victim import TODAY, Door, Plan, Victim
 from tests.conftest import INITIAL
 from tests.rig import DATASETS, Lab, Rig, md5, write
 
@@ -38,83 +43,43 @@ SETTINGS: dict[str, Any] = {
     "settle": {"quiet_s": 0.05, "closed_quiet_s": 0.02},
     "retry": {"first_s": 0.05, "longest_s": 0.2, "attempts": 12},
 }
+TAKEN = "spikes.times.npy"
 VARIANTS = {
     "scan": Plan(),
     "scan, by link": Plan(by_link=True),
-    "daemon": Plan(daemon=True),
-    "daemon, by link": Plan(daemon=True, by_link=True),
+    "daemon": Plan(daemon=True, taken=TAKEN),
+    "daemon, by link": Plan(daemon=True, by_link=True, taken=TAKEN),
 }
-SHORT, SHORT_KILLS = 12, 15  # in `make test`
-KILLS, STEPS = 5, 12  # the kills that may be expected in that many steps of one example
+Death = tuple[Plan, bool, dict[str, Any]]  # the plan, whether changes are undone, the outcome
+SHORT, SHORT_KILLS = 12, 12  # in `make test`
+LANES = 4  # side by side at full length; most of the time each waits
+EXAMPLES, STEPS = 3, 12  # for each seed of the random part
+FLAGGED = (2, 3, 4)
+EMPTY = "d41d8cd98f00b204e9800998ecf8427e"
+LATE_S = 0.25
+UNKNOWN_S = 0.3
 PROTECTED, PLAIN, LATER = DATASETS[0], DATASETS[1], "alf/_ibl_wheel.velocity.npy"
 REFUSED = "alf/sp ace/spikes.times.npy"
 
 
-class Posts:
-    """What Alyx was told of files, and took: how often, by session, path and MD5."""
-
-    def __init__(self) -> None:
-        self.counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
-
-    def twice(self) -> list[tuple[str, str, str]]:
-        return [post for post, count in self.counts.items() if count > 1]
-
-    def clear(self, session: str = "") -> None:
-        """Forget what was posted in a session that is no longer there, or in all."""
-        for post in [post for post in self.counts if session in ("", post[0])]:
-            del self.counts[post]
-
-    def listening(self, app: Any) -> Any:
-        """Return an application that hears what `app` is told and answers."""
-
-        async def heard(scope: Any, receive: Any, send: Any) -> None:
-            body = b""
-
-            async def listen() -> Any:
-                nonlocal body
-                message = await receive()
-                body += message.get("body", b"")
-                return message
-
-            async def answer(message: Any) -> None:
-                if message.get("status") == 201:
-                    told = json.loads(body)
-                    for path, digest in zip(told["filenames"], told["hashes"], strict=True):
-                        self.counts[told["path"], path, digest] += 1
-                await send(message)
-
-            if scope.get("path") == "/register-file":
-                await app(scope, listen, answer)
-            else:
-                await app(scope, receive, send)
-
-        return heard
-
-
-@pytest.fixture(scope="module")
-def posts() -> Posts:
-    return Posts()
-
-
-@pytest.fixture(scope="module")
-def server(posts: Posts) -> Iterator[Server]:
-    between = [Middleware(posts.listening)]
+@contextlib.contextmanager
+def an_alyx() -> Iterator[tuple[Server, Lab, Door]]:
+    """Start a sandbox, and yield it with the door before it."""
+    door = Door()
+    between = [Middleware(door.before)]
     with Server(load=INITIAL, rate_limit=None, middleware=between) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def lab(server: Server) -> Iterator[Lab]:
-    lab = Lab(server.url, "rig_user", "rig-password", "ZM_1085", "mainenlab", "mainenlab_local")
-    with lab.client:
-        yield lab
+        lab = Lab(server.url, "rig_user", "rig-password", "ZM_1085", "mainenlab", "mainenlab_local")
+        with lab.client:
+            yield server, lab, door
 
 
 class Scene:
     """A rig and an Alyx that can be put back to where they were, as often as one likes."""
 
-    def __init__(self, folder: Path, server: Server, lab: Lab) -> None:
+    def __init__(self, folder: Path, server: Server, lab: Lab, door: Door) -> None:
         self.rig = Rig(folder / "rig", lab, workers=1, **SETTINGS)
+        self.rig.date = "2001-02-03"  # the same in all scenes
+        self.door = door
         self._rig, self._kept, self._store = folder / "rig", folder / "kept", server.store
         self._scratch = folder / "scratch"
         rig = self.rig
@@ -131,6 +96,7 @@ class Scene:
         write(rig.folder(3) / DATASETS[4], b"recomputed, without a flag")
         write(rig.record(4) / "alf" / "odd.thing.npy", b"of no dataset type")
         rig.record(5, flag=False)
+        self._recorded = {*contents(rig).values()} - {EMPTY}
         shutil.copytree(self._rig, self._kept)
         self._database = sqlite3.connect(":memory:", check_same_thread=False)
         server.store.db.backup(self._database)
@@ -141,6 +107,7 @@ class Scene:
         self._database.backup(self._store.db)
         self._store._slugs.clear()
         self._store.cache.clear()
+        self.door.clear()
 
     def victim(self, plan: Plan) -> Victim:
         return Victim(self.rig.settings, plan, self._scratch)
@@ -149,9 +116,44 @@ class Scene:
         victim = self.victim(plan)
         return victim.end(), victim
 
-    def waits(self) -> bool:
+    def check_nothing_is_forgotten(self) -> None:
+        """Check what must hold while regd is dead: of a session without a flag all is known."""
+        there = contents(self.rig)
+        assert self._recorded <= {*there.values()}, "bytes were lost"
         with self.rig.journal() as journal:
-            return bool(journal.sessions(SessionState.WAITING))
+            for number in FLAGGED:
+                folder = self.rig.folder(number).relative_to(self.rig.root).as_posix()
+                if f"{folder}/create_me.flag" in there:
+                    continue
+                row = journal.session(folder)
+                assert row is not None, f"{folder} has no flag, and is not in the journal"
+                files = journal.files(row.id)
+                known = {*files, *(file.move_to for file in files.values())}
+                unknown = {
+                    path
+                    for path, digest in there.items()
+                    if path.startswith(f"{folder}/") and digest != EMPTY
+                    if path.removeprefix(f"{folder}/") not in known
+                }
+                assert not unknown, f"{unknown} may never be registered"
+
+    def check_death(self, plan: Plan, expected: dict[str, Any], *, undo: bool) -> bool:
+        """Die as planned and go on; return whether it has died, and see that all is as expected."""
+        self.reset()
+        victim = self.victim(plan)
+        death = f"{plan}, {undo=}"
+        try:
+            killed = victim.end(undo=undo)
+            self.check_nothing_is_forgotten()
+            if not plan.late_s:
+                self.door.rest()
+            assert not self.victim(replace(plan, at=None, late_s=0.0)).end()
+            wrong = differences(self.outcome(), expected)
+            assert not wrong, f"what it is, and what it should be: {wrong}"
+            assert not self.door.twice(), f"registered again: {self.door.twice()}"
+        except AssertionError as error:
+            raise AssertionError(f"{death}\n{error}\n{victim.log()}") from error
+        return killed
 
     def outcome(self) -> dict[str, Any]:
         """Return all that must be the same, whatever happened on the way."""
@@ -184,15 +186,20 @@ class Scene:
 
 def contents(rig: Rig) -> dict[str, str]:
     """Return the MD5 of every file below the data root."""
-    files = (path for path in rig.root.rglob("[!.]*") if path.is_file())
+    files = (path for path in rig.root.rglob("*") if path.is_file())
     return {path.relative_to(rig.root).as_posix(): md5(path) for path in files}
 
 
+@contextlib.contextmanager
+def a_scene(folder: Path) -> Iterator[Scene]:
+    with an_alyx() as alyx, contextlib.closing(Scene(folder, *alyx)) as scene:
+        yield scene
+
+
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory, server: Server, lab: Lab) -> Iterator[Scene]:
-    scene = Scene(tmp_path_factory.mktemp("crashes"), server, lab)
-    yield scene
-    scene.close()
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with a_scene(tmp_path_factory.mktemp("crashes")) as scene:
+        yield scene
 
 
 def undisturbed(scene: Scene, plan: Plan) -> tuple[dict[str, Any], list[tuple[str, bool]]]:
@@ -213,6 +220,8 @@ def deaths(plan: Plan, passed: list[tuple[str, bool]]) -> Iterator[tuple[Plan, b
         yield replace(plan, at=at, power_cut=True), True
         if exposed:
             yield replace(plan, at=at, power_cut=True), False
+        if label in ("POST /sessions: sent", "POST /register-file: sent"):
+            yield replace(plan, at=at, late_s=LATE_S, unknown_outcome_s=2 * LATE_S), False
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[tuple[str, Any], Any]:
@@ -241,39 +250,68 @@ def test_the_points_are_of_every_kind(scene: Scene, variant: str) -> None:
         *(f"{request}: {when}" for request in requests for when in ("before", "sent", "after")),
     }
     # the scene holds what it says
-    moved = [path for number, path in outcome["alyx"] if f"#{TODAY}#" in path]
-    assert sorted(moved) == sorted(
-        f"alf/#{TODAY}#/{name.removeprefix('alf/')}" for name in (PROTECTED, DATASETS[2])
-    )
+    moved = {path for number, path in outcome["alyx"] if "#" in path}
+    other = f"alf/#{TODAY}a#/{TAKEN}" if plan.taken else f"alf/#{TODAY}#/{TAKEN}"
+    assert moved == {f"alf/#{TODAY}#/{Path(PROTECTED).name}", other}
+    empty = [path for path, digest in outcome["disk"].items() if digest == EMPTY]
+    assert len(empty) == bool(plan.taken)
     assert outcome["sessions"]["005"][0] == "held"
     assert not any(path.endswith(".flag") for path in outcome["disk"])
-    assert [path for (_, path), (state, *_) in outcome["files"].items() if state == "refused"]
+    refused = {path for (_, path), (state, *_) in outcome["files"].items() if state == "refused"}
+    taken = f"alf/#{TODAY}#/{TAKEN}"
+    assert refused == {REFUSED, "alf/odd.thing.npy", *([taken] if plan.taken else [])}
 
 
 def test_regd_goes_on_after_a_crash_or_a_power_cut_at_any_point(
-    scene: Scene, posts: Posts, pytestconfig: pytest.Config
+    scene: Scene, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    expected, plans = {}, []
-    for variant, plan in VARIANTS.items():
-        expected[variant], passed = undisturbed(scene, plan)
-        plans += [(variant, *death) for death in deaths(plan, passed)]
-    every = 1 if chaos.TIMES is not None else len(plans) // SHORT
-    chance = random.Random(pytestconfig.getoption("--hypothesis-seed"))
-    killed = 0
-    for variant, plan, undo in plans[chance.randrange(every) :: every]:
-        scene.reset()
-        posts.clear()
-        victim = scene.victim(plan)
-        killed += victim.end(undo=undo)
-        scene.run(replace(plan, at=None))
-        if scene.waits():  # a scan does not wait for a session that was held before
-            time.sleep(UNKNOWN_OUTCOME_S)
-            scene.run(replace(plan, at=None))
-        wrong = differences(scene.outcome(), expected[variant])
-        death = f"{variant}, {plan.at}, {plan.power_cut=}, {undo=}"
-        assert not wrong, f"{death}\n{victim.log()}"
-        assert not posts.twice(), death
-    print(f"{killed} kills at {len(plans)} points")
+    all_deaths: list[Death] = []
+    for plan in VARIANTS.values():
+        expected, passed = undisturbed(scene, plan)
+        all_deaths += [(death, undo, expected) for death, undo in deaths(plan, passed)]
+    if chaos.TIMES is not None:
+        killed = sum(side_by_side(die, all_deaths, open_scene, tmp_path))
+    else:
+        chance = random.Random(pytestconfig.getoption("--hypothesis-seed"))
+        every = len(all_deaths) // SHORT
+        few = all_deaths[chance.randrange(every) :: every]
+        killed = sum(scene.check_death(plan, expected, undo=undo) for plan, undo, expected in few)
+    print(f"{killed} kills at {len(all_deaths)} points")
+
+
+def side_by_side(
+    work: Callable[..., int],
+    items: Iterable[tuple[Any, ...]],
+    setup: Callable[[Path], None],
+    folder: Path,
+) -> Iterator[int]:
+    """Yield what `work` returns for each of the items, done by a few processes after `setup`."""
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(LANES, processes, setup, (folder,)) as pool:
+        begun: collections.deque[Future[int]] = collections.deque()
+        try:
+            for item in items:
+                begun.append(pool.submit(work, *item))
+                if len(begun) > 2 * LANES:
+                    yield begun.popleft().result()
+            for future in begun:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_lane: Any  # the scene or the Alyx of this process, if it is one of several
+_ends = contextlib.ExitStack()
+atexit.register(_ends.close)
+
+
+def open_scene(folder: Path) -> None:
+    global _lane
+    _lane = _ends.enter_context(a_scene(folder / f"{os.getpid()}"))
+
+
+def die(plan: Plan, undo: bool, expected: dict[str, Any]) -> int:
+    return bool(_lane.check_death(plan, expected, undo=undo))
 
 
 # --- at random -----------------------------------------------------------------------------------
@@ -308,6 +346,8 @@ def plans(*, daemon: bool) -> st.SearchStrategy[Plan]:
         daemon=st.just(daemon),
         by_link=st.booleans(),
         workers=st.integers(1, 4),
+        late_s=st.sampled_from([0.0, 0.0, 0.1]),
+        unknown_outcome_s=st.just(UNKNOWN_S),
     )
 
 
@@ -321,12 +361,12 @@ class Recordings(RuleBasedStateMachine):
     days = itertools.count(1)
     kills = 0
 
-    def __init__(self, folder: Path, lab: Lab, server: Server, posts: Posts) -> None:
+    def __init__(self, folder: Path, server: Server, lab: Lab, door: Door) -> None:
         super().__init__()
         day = next(self.days)
         folder = folder / str(day)
         self.bin, self.scratch = folder / "bin", folder / "scratch"
-        self.store, self.posts = server.store, posts
+        self.store, self.door = server.store, door
         self.rig = Rig(folder, lab, **SETTINGS)
         self.rig.date = str(datetime.date(2000, 1, 1) + datetime.timedelta(day))
         self.rig.folder().parent.mkdir(parents=True)
@@ -336,6 +376,9 @@ class Recordings(RuleBasedStateMachine):
         self.there: set[str] = set()  # what must be on the disk, by its MD5
         self.recorded: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
         self.protected: dict[tuple[str, str], str] = {}
+        self.story: list[str] = []
+        door.rest()
+        door.clear()
 
     def teardown(self) -> None:
         self.run_to_the_end(daemon=False, workers=1)
@@ -388,7 +431,7 @@ class Recordings(RuleBasedStateMachine):
     def delete_on_alyx(self, number: int, rarely: int) -> None:
         for session in self._sessions(number) if rarely == 0 else []:
             self.store.delete("session", session["id"])
-            self.posts.clear(f"{self.rig.lab.subject}/{self.rig.date}/{number:03d}")
+            self.door.clear(f"{self.rig.lab.subject}/{self.rig.date}/{number:03d}")
             self.flag(number)
 
     # --- what happens to regd
@@ -414,6 +457,7 @@ class Recordings(RuleBasedStateMachine):
         undo: bool,
         killed_after_s: float | None = None,
     ) -> None:
+        self.story.append(f"{plan} {before=} {after_s=} {meanwhile=} {killed_after_s=} {undo=}")
         for deed, *about in before:
             getattr(self, deed)(*about)
         victim = Victim(self.rig.settings, plan, self.scratch)
@@ -423,7 +467,18 @@ class Recordings(RuleBasedStateMachine):
         if killed_after_s is not None:
             time.sleep(killed_after_s)  # nor does a crash
             victim.kill()
-        type(self).kills += victim.end(undo=undo)
+        with self._telling():
+            type(self).kills += victim.end(undo=undo)
+        if plan.power_cut:  # to start again takes a computer longer than Alyx can be late
+            self.door.rest()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except AssertionError as error:
+            error.add_note("\n".join(self.story))
+            raise
 
     @rule()
     def lose_the_journal(self) -> None:
@@ -432,15 +487,18 @@ class Recordings(RuleBasedStateMachine):
 
     @rule(daemon=st.booleans(), workers=st.integers(1, 4))
     def run_to_the_end(self, daemon: bool, workers: int) -> None:
-        for _ in range(5):
-            victim = Victim(self.rig.settings, Plan(daemon=daemon, workers=workers), self.scratch)
-            assert not victim.end()
-            with self.rig.journal() as journal:
-                if not journal.sessions(SessionState.WAITING, SessionState.WORKING):
-                    break
-        else:
-            raise AssertionError(f"it has not come to an end:\n{victim.log()}")
-        self.check()
+        plan = Plan(daemon=daemon, workers=workers, unknown_outcome_s=UNKNOWN_S)
+        self.story.append(f"to the end: {plan}")
+        with self._telling():
+            for _ in range(5):
+                victim = Victim(self.rig.settings, plan, self.scratch)
+                assert not victim.end()
+                with self.rig.journal() as journal:
+                    if not journal.sessions(SessionState.WAITING, SessionState.WORKING):
+                        break
+            else:
+                raise AssertionError(f"it has not come to an end:\n{victim.log()}")
+            self.check()
 
     # --- what must hold
 
@@ -456,10 +514,11 @@ class Recordings(RuleBasedStateMachine):
             assert (row.state, row.flagged) == (state, False)
         assert not [path for folder, path in odd if int(folder[-3:]) in self.asked]
         assert not list(self.rig.root.rglob("*.flag"))
+        assert not list(self.rig.root.rglob(".*"))
         assert {md5(path) for path in self._files()} == self.there, "bytes were lost"
         for number in self.asked:
             self._check_session(number)
-        assert not self.posts.twice()
+        assert not self.door.twice(), "registered again"
 
     def _check_session(self, number: int) -> None:
         eid, folder = self.rig.eid(number), self.rig.folder(number)
@@ -515,18 +574,44 @@ def one_of(things: Sequence[Any], pick: int) -> Sequence[Any]:
     return [things[pick % len(things)]] if things else []
 
 
-def test_regd_goes_on_after_many_crashes(
-    lab: Lab, server: Server, posts: Posts, tmp_path: Path
-) -> None:
-    posts.clear()
-    run_state_machine_as_test(
-        lambda: Recordings(tmp_path, lab, server, posts),
-        settings=settings(
-            max_examples=-(-chaos.times(SHORT_KILLS) // KILLS),
-            stateful_step_count=STEPS,
-            deadline=None,
-            phases=[Phase.generate],  # a shorter way to the failure would take hours to find
-            suppress_health_check=list(HealthCheck),
-        ),
+def test_regd_goes_on_after_many_crashes(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    seed = pytestconfig.getoption("--hypothesis-seed")
+    first = random.randrange(2**32) if seed is None else int(seed)
+    wanted, killed = chaos.times(SHORT_KILLS), 0
+    seeds = ((tmp_path, number) for number in itertools.count(first))
+    with contextlib.ExitStack() as ends:
+        if chaos.TIMES is None:
+            alyx = ends.enter_context(an_alyx())
+            lives = (live(tmp_path, number, alyx) for _, number in seeds)
+        else:
+            lives = side_by_side(live, seeds, open_alyx, tmp_path)
+        with contextlib.closing(lives):
+            while killed < wanted:
+                killed += next(lives)
+    print(f"{killed} kills at random, from seed {first}")
+
+
+def open_alyx(_folder: Path) -> None:
+    global _lane
+    _lane = _ends.enter_context(an_alyx())
+
+
+def live(folder: Path, seed: int, alyx: Any = None) -> int:
+    """Run a few examples, the same for the same seed; return how often regd was killed."""
+    rules = settings(
+        max_examples=EXAMPLES,
+        stateful_step_count=STEPS,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],  # a shorter way to the failure would take hours to find
+        suppress_health_check=list(HealthCheck),
     )
-    print(f"{Recordings.kills} kills")
+    before = Recordings.kills
+    machine = hypothesis.seed(seed)(lambda: Recordings(folder / f"{seed}", *(alyx or _lane)))
+    try:
+        run_state_machine_as_test(machine, settings=rules)
+    except Exception as error:
+        story = "".join(traceback.format_exception(error))
+        again = f"make chaos PART=crashes SEED={seed}"
+        raise AssertionError(f"{story}\nto see it again: {again}") from None
+    return Recordings.kills - before

@@ -2,19 +2,24 @@
 
 A point lies before, within and after each effect: a request, a change of a folder, an fsync, a
 COMMIT. The process wraps those functions for itself; regd knows nothing of it. After a power cut,
-what was not yet fsynced is gone, too.
+what was not yet fsynced is gone, too. Within a request is when Alyx has all of it: `Door` stands
+before the sandbox and says so.
 """
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import contextlib
 import ctypes
 import datetime
 import errno
+import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import sys
@@ -35,15 +40,18 @@ import pytest  # noqa: F401 - a child imports the main module, which is pytest's
 from regd import files, journal, logs, service, worker
 from regd.alyx import AlyxClient
 from regd.journal import FILE_NAME
+from regd.model import SessionState
 from regd.registration import RegistrationClient
-from regd.service import Service, lock, unfinished
+from regd.service import Service, lock
 from regd.settings import Settings
+from tests.rig import until
 
 TODAY = datetime.date(2026, 2, 3)
 UNKNOWN_OUTCOME_S = 0.2  # instead of 15 s: the sandbox answers within milliseconds
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
 _TICK_S = 0.05  # how soon a daemon sees that it is asked for a scan, instead of 1 s
 _IDLE_S = 0.02
+_ARRIVED, _LATE_S = "x-arrived", "x-late-s"  # what a victim tells the door with a request
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload([__name__])
@@ -60,6 +68,10 @@ class Plan:
         daemon: Whether it is `regd run`; else it is `regd scan`.
         by_link: Whether the kernel lacks renameat2.
         workers: How many.
+        late_s: How long Alyx has what is posted before it does anything about it.
+        taken: A name of a file. Just before one of that name is moved into today's revision,
+            somebody puts another one there, which is empty.
+        unknown_outcome_s: How long it waits for what an earlier one sent.
     """
 
     at: int | tuple[str, int] | None = None
@@ -67,6 +79,9 @@ class Plan:
     daemon: bool = False
     by_link: bool = False
     workers: int = 1
+    late_s: float = 0.0
+    taken: str = ""
+    unknown_outcome_s: float = UNKNOWN_OUTCOME_S
 
 
 @dataclass(frozen=True)
@@ -160,12 +175,15 @@ class Effects:
             with wal.open("rb") as file:
                 self._cache.synced(file.fileno())
 
-    def point(self, label: str) -> None:
+    def point(self, label: str, arrived: Path | None = None) -> None:
+        """Pass a point; if it is the planned one, die, once `arrived` is there."""
         with self._lock:
             self._passed.append(label)
             self._exposed.append(bool(self._cache.changes))
             here = (len(self._passed), (label, self._passed.count(label)))
             if self._plan.at in here:
+                if arrived is not None:
+                    until(arrived.exists)
                 self.tell()
                 os.kill(os.getpid(), signal.SIGKILL)
                 signal.pause()  # until it arrives: nothing more may happen in this thread
@@ -175,7 +193,7 @@ class Effects:
         self._report.write_text(json.dumps(report))
 
     def install(self) -> None:
-        real = {name: getattr(os, name) for name in ("mkdir", "link", "unlink", "fsync")}
+        real = {name: getattr(os, name) for name in ("mkdir", "link", "unlink")}
         renameat2 = files._libc.renameat2
 
         def mkdir(name: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
@@ -189,6 +207,7 @@ class Effects:
             name: Any, new: Any, *, src_dir_fd: int, dst_dir_fd: int, follow_symlinks: bool
         ) -> None:
             def do() -> None:
+                self._take(_path(dst_dir_fd, new))
                 real["link"](
                     name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd,
                     follow_symlinks=follow_symlinks,
@@ -209,8 +228,7 @@ class Effects:
 
         def fsync(descriptor: int) -> None:
             def do() -> None:
-                self._cache.synced(descriptor)
-                real["fsync"](descriptor)
+                self._cache.synced(descriptor)  # the disk itself loses no power here: no real one
 
             wal = _path(descriptor).endswith("-wal")
             self._around("fsync journal" if wal else "fsync folder", do)
@@ -219,6 +237,7 @@ class Effects:
             def do() -> int:
                 source, target = _path(old_fd, os.fsdecode(old)), _path(new_fd, os.fsdecode(new))
                 inode = _inode(source) or 0
+                self._take(target)
                 failed = int(renameat2(old_fd, old, new_fd, new, flags))
                 if not failed:
                     self._came(target)
@@ -244,6 +263,12 @@ class Effects:
             result = do()
         self.point(f"{label}: after")
         return result
+
+    def _take(self, target: str) -> None:
+        path = Path(target)
+        if path.name == self._plan.taken and path.parent.name == f"#{TODAY}#":
+            with contextlib.suppress(FileExistsError):
+                path.touch(exist_ok=False)
 
     def _came(self, path: str) -> None:
         inode = _inode(path) or 0
@@ -271,16 +296,23 @@ class _Connection(sqlite3.Connection):
 
 
 class _Network(httpx.BaseTransport):
-    def __init__(self, effects: Effects) -> None:
+    def __init__(self, effects: Effects, late_s: float, arrivals: Path) -> None:
         self._effects = effects
+        self._late_s = late_s
+        self._arrivals = arrivals
+        self._numbers = itertools.count(1)
         self._network = httpx.HTTPTransport()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         label = f"{request.method} {_UUID.sub('*', request.url.path)}"
+        arrived = self._arrivals / str(next(self._numbers))
+        request.headers[_ARRIVED] = str(arrived)
+        if request.method == "POST":
+            request.headers[_LATE_S] = str(self._late_s)
 
         def trace(event: str, _about: Any) -> None:
             if event == "http11.send_request_body.complete":
-                self._effects.point(f"{label}: sent")
+                self._effects.point(f"{label}: sent", arrived)
 
         self._effects.point(f"{label}: before")
         request.extensions = {**request.extensions, "trace": trace}
@@ -292,17 +324,88 @@ class _Network(httpx.BaseTransport):
         self._network.close()
 
 
+class Door:
+    """Stands before the sandbox: holds what is late, and counts the files that Alyx took.
+
+    Attributes:
+        counts: How often each was taken, by session, path and MD5.
+    """
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self._inside = 0
+
+    def twice(self) -> list[tuple[str, str, str]]:
+        """Return what was registered again, though nothing had changed."""
+        return [post for post, count in self.counts.items() if count > 1]
+
+    def clear(self, session: str = "") -> None:
+        """Forget what was posted in a session that is no longer there, or in all."""
+        for post in [post for post in self.counts if session in ("", post[0])]:
+            del self.counts[post]
+
+    def rest(self) -> None:
+        """Return once all that was sent has had its effect."""
+        until(lambda: not self._inside)
+
+    def before(self, app: Any) -> Any:
+        """Return an application that does what `app` does, even if who asked is dead by then."""
+
+        async def enter(scope: Any, receive: Any, send: Any) -> None:
+            body, more = b"", True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return  # not all of it came
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+            self._inside += 1
+            try:
+                await asyncio.sleep(has_arrived(scope))
+                await app(scope, whole(body, receive), heard(scope, body, send))
+            finally:
+                self._inside -= 1
+
+        def has_arrived(scope: Any) -> float:
+            """Tell the victim, and return how long Alyx takes."""
+            headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+            if _ARRIVED in headers:
+                Path(headers[_ARRIVED]).touch()
+            return float(headers.get(_LATE_S, 0))
+
+        def whole(body: bytes, receive: Any) -> Any:
+            given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+            async def listen() -> Any:
+                return next(given, None) or await receive()
+
+            return listen
+
+        def heard(scope: Any, body: bytes, send: Any) -> Any:
+            async def answer(message: Any) -> None:
+                if scope["path"] == "/register-file" and message.get("status") == 201:
+                    told = json.loads(body)
+                    for path, digest in zip(told["filenames"], told["hashes"], strict=True):
+                        self.counts[told["path"], path, digest] += 1
+                await send(message)
+
+            return answer
+
+        return enter
+
+
 def _live(settings: Settings, plan: Plan, report: Path, finish: Connection | None) -> None:
     with (report.parent / "log").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     logs.configure(format="json", stream=sys.stderr)
-    journal.UNKNOWN_OUTCOME_S = worker.UNKNOWN_OUTCOME_S = UNKNOWN_OUTCOME_S
+    journal.UNKNOWN_OUTCOME_S = worker.UNKNOWN_OUTCOME_S = plan.unknown_outcome_s
     service._TICK_S = _TICK_S
     settings = settings.model_copy(update={"workers": plan.workers})
     effects = Effects(plan, report, settings.state_dir / f"{FILE_NAME}-wal")
     effects.install()
-    alyx = AlyxClient.from_settings(settings, transport=_Network(effects))
+    network = _Network(effects, plan.late_s, report.parent / "arrived")
+    alyx = AlyxClient.from_settings(settings, transport=network)
     client = RegistrationClient(alyx, chunk_files=settings.register.chunk_files)
     stop = threading.Event()
     with lock(settings.state_dir), Service(settings, stop, client=client) as regd:
@@ -319,7 +422,8 @@ def _end(regd: Service, finish: Connection) -> None:
     """End the daemon once it is told to and has nothing left to do."""
     finish.poll(None)
     request = regd.journal.ask_scan(everything=False)
-    while not regd.journal.scan_done(request) or unfinished(regd.journal):
+    waits = SessionState.WAITING, SessionState.WORKING
+    while not regd.journal.scan_done(request) or regd.journal.sessions(*waits):
         time.sleep(_IDLE_S)  # other threads are at work, and nothing tells of their end
     regd.end()
 
@@ -339,6 +443,8 @@ class Victim:
         self._plan = plan
         self._report = scratch / "report.json"
         self._report.unlink(missing_ok=True)
+        shutil.rmtree(scratch / "arrived", ignore_errors=True)
+        (scratch / "arrived").mkdir()
         self._log = scratch / "log"
         # no Event: its lock stays taken where the process dies with it
         told, self._finish = _processes.Pipe(duplex=False)
