@@ -159,6 +159,18 @@ def test_after_a_crash_another_waits_and_the_same_does_not(
     assert written(tmp_path) == holder("two")
 
 
+def test_what_a_start_left_half_made_goes_with_the_next_start(tmp_path: Path, clock: Clock) -> None:
+    first = Owner(tmp_path, holder("one"), clock)
+    first.step()
+    first.close()
+    # without renameat2 a power cut may leave both names
+    (tmp_path / f"{OWNER_FILE}-one").hardlink_to(tmp_path / OWNER_FILE)
+    again = Owner(tmp_path, holder("one", pid=2), clock)
+    again.step()
+    assert again.holds
+    assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
+
+
 def test_two_that_take_over_at_the_same_moment_without_locks(
     tmp_path: Path, clock: Clock, no_locks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
