@@ -68,7 +68,8 @@ class Plan:
         daemon: Whether it is `regd run`; else it is `regd scan`.
         by_link: Whether the kernel lacks renameat2.
         workers: How many.
-        late_s: How long Alyx has what is posted before it does anything about it.
+        late_s: How long Alyx has what is posted before it does anything about it; where the label
+            of the point is given, only what is posted there.
         taken: A name of a file. Just before one of that name is moved into today's revision,
             somebody puts another one there, which is empty.
         unknown_outcome_s: How long it waits for what an earlier one sent.
@@ -187,6 +188,11 @@ class Effects:
                 self.tell()
                 os.kill(os.getpid(), signal.SIGKILL)
                 signal.pause()  # until it arrives: nothing more may happen in this thread
+
+    def may_die_at(self, label: str) -> bool:
+        """Say whether the next point of that label may be the planned one."""
+        at = self._plan.at
+        return not isinstance(at, tuple) or at == (label, self._passed.count(label) + 1)
 
     def tell(self) -> None:
         report = {"passed": self._passed, "exposed": self._exposed, "cache": asdict(self._cache)}
@@ -307,7 +313,7 @@ class _Network(httpx.BaseTransport):
         label = f"{request.method} {_UUID.sub('*', request.url.path)}"
         arrived = self._arrivals / str(next(self._numbers))
         request.headers[_ARRIVED] = str(arrived)
-        if request.method == "POST":
+        if request.method == "POST" and self._effects.may_die_at(f"{label}: sent"):
             request.headers[_LATE_S] = str(self._late_s)
 
         def trace(event: str, _about: Any) -> None:
