@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import sqlite3
 import sys
@@ -342,17 +341,15 @@ def _show_status(facts: Report) -> None:
     alyx, daemon = facts["alyx"], facts["daemon"]
     out.print(f"[bold]{escape(str(facts['data_root']))}[/bold]")
     out.print(f"daemon   {'running' if daemon['running'] else '[yellow]not running[/yellow]'}")
-    for aside in facts["damaged_journals"]:
-        out.print(
-            f"journal  [red]was damaged[/red], and a new one is built; check the disk, then: "
-            f"rm {escape(shlex.quote(aside))}*",
-            soft_wrap=True,
-        )
-    if alyx["reachable"]:
+    if alyx["reason"] is None:
         out.print(f"Alyx     reachable at {escape(str(alyx['url']))}")
     else:
         what = f"{alyx['reason']} ({alyx['hint']})" if alyx["hint"] else alyx["reason"]
-        out.print(f"Alyx     [red]not reachable[/red]: {escape(str(what))}", soft_wrap=True)
+        state = "reachable, but" if alyx["reachable"] else "not reachable:"
+        since = ""
+        if "since" in alyx:
+            since = time.strftime(" since %Y-%m-%d %H:%M", time.localtime(alyx["since"]))
+        out.print(f"Alyx     [red]{state}[/red] {escape(str(what))}{since}", soft_wrap=True)
     for kind in ("sessions", "files"):
         counts = ", ".join(f"{n} {state}" for state, n in facts[kind].items() if n)
         out.print(f"{kind:8} {counts or 'none yet'}")
@@ -361,34 +358,24 @@ def _show_status(facts: Report) -> None:
             f"old      {facts['backlog']['sessions']} sessions without a flag left alone; "
             "regd scan --all takes them"
         )
-    _show_sessions("In work", facts["working"])
+    at_work = "In work" if daemon["running"] else "In work when regd ended"
+    _show_sessions(at_work, facts["working"])
     _show_sessions("Waiting", facts["waiting"])
     _show_sessions("Held: files of sessions that Alyx does not know", facts["held"])
-    if facts["unfinished"]:
-        rows = [
-            (f"{f['session']}/{f['path']}", f"{f['reason']} - {f['hint']}")
-            for f in facts["unfinished"]
-        ]
-        _show_table("Files that wait for long, or for the disk", ("file", "why"), rows)
-    problems = [
-        *((s["session"], s["reason"], s["hint"]) for s in facts["parked"]),
-        *((f"{f['session']}/{f['path']}", f["reason"], f["hint"]) for f in facts["refused"]),
-        *((s["path"], s["reason"], s["hint"]) for s in facts["strays"]),
-    ]
-    if problems:
-        _show_problems(problems)
+    if facts["problems"]:
+        _show_problems(facts["problems"])
     elif not any(facts["sessions"].values()):
         out.print("nothing seen yet")
     else:
         out.print("[green]nothing needs a person[/green]")
 
 
-def _show_problems(problems: list[tuple[Any, ...]]) -> None:
+def _show_problems(problems: list[Report]) -> None:
     """Print what a person has to mend: what it is on a line of its own, to be copied."""
     out.print("\n[bold yellow]Needs a person[/bold yellow]")
-    for what, why, do in problems:
-        out.print(f"[bold]{escape(what)}[/bold]", soft_wrap=True)
-        for label, text in (("why", why), ("do", do)):
+    for problem in problems:
+        out.print(f"[bold]{escape(problem['what'])}[/bold]", soft_wrap=True)
+        for label, text in (("why", problem["reason"]), ("do", problem["hint"])):
             out.print(Padding(f"{label:4}{escape(str(text))}", (0, 0, 0, 2)))
 
 

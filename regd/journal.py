@@ -577,7 +577,8 @@ class Journal:
         """Put parked and held sessions back to work, with their refused files.
 
         Args:
-            folder: One session's folder, or None for all.
+            folder: One session's folder, whatever its state: all of it is compared with Alyx.
+                None for all that are parked or held, or have refused files.
 
         Returns:
             How many sessions that were.
@@ -586,7 +587,7 @@ class Journal:
             sessions = db.execute(
                 """
                 UPDATE session SET state = 'waiting', due_at = max(:now, not_before), attempt = 0,
-                    looked = 0, changed_at = :now
+                    looked = 0, reason = NULL, hint = NULL, changed_at = :now
                 WHERE (:folder IS NULL OR folder = :folder) AND state <> 'working' AND (
                     state IN ('parked', 'held', 'waiting') OR :folder IS NOT NULL
                     OR id IN (SELECT session_id FROM file WHERE state = 'refused'))
@@ -595,6 +596,13 @@ class Journal:
                 {"now": self._now(), "folder": folder},
             ).fetchall()
             db.executemany("DELETE FROM file WHERE session_id = ? AND state = 'refused'", sessions)
+            if folder is not None:  # a person doubts what the journal says: Alyx is asked for all
+                db.executemany("UPDATE session SET eid = NULL, doubt = 1 WHERE id = ?", sessions)
+                db.executemany(
+                    "UPDATE file SET state = 'ready', dataset_id = NULL"
+                    " WHERE session_id = ? AND state = 'registered'",
+                    sessions,
+                )
         return len(sessions)
 
     def session(self, folder: str) -> SessionRow | None:
@@ -773,7 +781,8 @@ def asides(path: Path) -> list[Path]:
 
 # by SQLite's result code: what a person can do about it
 _FAILURES = {
-    sqlite3.SQLITE_FULL: "free some space on the disk of state_dir: regd goes on by itself",
+    sqlite3.SQLITE_FULL: "free some space on the disk of state_dir; then start regd, or have its"
+    " service do it",
     sqlite3.SQLITE_IOERR: "check the disk of state_dir, and free some space on it",
     sqlite3.SQLITE_CANTOPEN: "run this as regd's user; check the rights and the free space of "
     "state_dir",

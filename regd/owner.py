@@ -10,6 +10,7 @@ No clock is compared with another computer's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -188,6 +189,8 @@ class Owner:
                 self._drop()
                 raise
             except (OSError, NeedsHuman) as error:
+                if self._file is not None:
+                    self._drop()  # or it would be held, unconfirmed, and no work be done
                 self.unguarded = error
             else:
                 self.unguarded = None
@@ -267,7 +270,13 @@ class Owner:
             if not own and self._is_awaited(look, now):
                 return True
             self.waits_for = None
-            self._write(file)
+            try:
+                self._write(file)
+            except OSError as error:
+                if error.errno != errno.EBADF:
+                    raise
+                text = "is another user's, who is gone: remove it"  # it could be read alone
+                raise PermissionError(errno.EACCES, text, OWNER_FILE) from None
             self._keep(folder, file)
             # without locks another may do the same now: a heartbeat later it is seen whose it is
             self._confirmed_at = now if own else None
@@ -298,11 +307,7 @@ class Owner:
         """Look whether the file is still this process's, and write to it."""
         assert self._folder is not None
         assert self._file is not None
-        try:
-            look = _look(self._folder, self._file)
-        except NeedsHuman:
-            self._drop()  # something else has its name now
-            raise
+        look = _look(self._folder, self._file)
         if look is not None and look.holder is not None and look.holder != self._me:
             raise self._taken(look)
         if look is None or look.inode != os.fstat(self._file).st_ino:

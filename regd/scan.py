@@ -123,6 +123,9 @@ class Scanner:
         for path, reason, hint in self.journal.write_strays(number, result.strays):
             _log.warning("stray.found", path=path, reason=reason, hint=hint)
         if not below:
+            for row in self.journal.sessions(SessionState.PARKED, SessionState.HELD):
+                if not os.path.lexists(self.root / row.folder):
+                    self.journal.retry(row.folder)  # renamed or removed, maybe as it was asked for
             self.journal.drop_strays_before(number)
             self.journal.set_fact("scan", number)
             backlog = {"sessions": result.backlog_sessions, "files": result.backlog_files}
@@ -202,9 +205,9 @@ class Scanner:
 
     def _digest(self, found: list[Fields]) -> bytes:
         """Return what is the same for a session folder in which nothing has changed."""
-        salt = b"files" if self.settings.register.files else b""
         # version 2 of the format: later ones depend on what else refers to a string
-        return blake2b(marshal.dumps(found, 2), digest_size=8, salt=salt).digest()
+        content = marshal.dumps((found, self.settings.flag, self.settings.register.files), 2)
+        return blake2b(content, digest_size=8).digest()
 
     def _look(self, session: SessionPath, listing: list[Fields], this: _Pass) -> None:
         """Count one session folder and note it if it needs work."""
@@ -263,6 +266,11 @@ class Scanner:
             old = known.get(path)
             if old is None or old.signature != signature:
                 return True
+            if row.state is SessionState.DONE and old.state not in (
+                FileState.REGISTERED,
+                FileState.REFUSED,
+            ):
+                return True  # it was of no interest when its session was done
         # what was to be registered is gone, or was mended under another name
         return any(
             old.state is not FileState.REGISTERED and path not in there

@@ -231,6 +231,7 @@ class Service:
         self._mistaken = Recurring(
             _log, "settings.failed", "settings.mended", every_s=_REMIND_S, clock=clock
         )
+        self._mistakes = ""  # those of the settings that were logged last
         self._waits_for: str | None = None  # of the owner, as it was logged last
         self._unguarded = ""
 
@@ -260,7 +261,7 @@ class Service:
             reason=reason,
             aside=str(aside),
             hint="nothing recorded is lost: a new journal is built from the data folder and Alyx; "
-            f"check the disk of state_dir, then: rm {shlex.quote(str(aside))}*",
+            f"check the disk of state_dir, then: rm -r {shlex.quote(str(aside))}*",
         )
 
     def _rebuilds(self) -> bool:
@@ -281,9 +282,9 @@ class Service:
             RootTaken: Another regd works on the data root.
             JournalFailed: The journal became unusable: let systemd start a new process.
         """
+        self.journal.set_fact("away", None)
         self._own()
         recovered = self._recover()
-        self.journal.set_fact("away", None)
         _log.info(
             "regd.started",
             data_root=str(self.root),
@@ -302,7 +303,7 @@ class Service:
         threading.Thread(target=self._greet, name="greet", daemon=True).start()
         try:
             self._loop()
-        except JournalFailed as error:
+        except Exception as error:
             self._fail(error)
         finally:
             self.stop.set()
@@ -324,9 +325,10 @@ class Service:
 
         Raises:
             RootTaken: Another regd works on the data root.
-            TryLater: Alyx is away; what is left waits in the journal.
+            TryLater: Alyx or the data root is away; what is left waits in the journal.
             Unauthorized: Alyx does not accept the credentials.
         """
+        check_root(self.root, self.journal)
         self._own()
         self._recover()
         result = self.scanner.scan(self._now(), everything=everything, rebuild=self._rebuilds())
@@ -400,9 +402,10 @@ class Service:
                 seen = self._news_count
                 if self.step() if self.owner.holds else self._probe():
                     continue
+                idle_s = self._idle_s()
                 with self._news:
                     if self._news_count == seen:
-                        self._news.wait(self._idle_s())
+                        self._news.wait(idle_s)
         except Exception as error:
             if not self.stop.is_set():
                 self._fail(error)
@@ -467,20 +470,22 @@ class Service:
         owner = self.owner
         try:
             check_root(self.root, self.journal)
-        except DataRootAway:
+        except DataRootAway as error:
             owner.release()  # not into the folder that its disk is mounted on
+            if not isinstance(self.gate.error, DataRootAway):
+                self._close_gate(error)
             return
         owner.step()
         if owner.waits_for and owner.waits_for != self._waits_for:
-            _log.warning(
-                "root.awaited",
-                reason=f"{owner.waits_for} worked here, and did not stop in an orderly way",
-                hint="wait: this regd begins when that one is seen to be gone",
-                wait_s=(SILENT_BEATS + 1) * HEARTBEAT_S,
-            )
+            reason = f"{owner.waits_for} worked here, and did not stop in an orderly way"
+            hint = "wait: this regd begins when that one is seen to be gone"
+            wait_s = (SILENT_BEATS + 1) * HEARTBEAT_S
+            _log.warning("root.awaited", reason=reason, hint=hint, wait_s=wait_s)
+            self._note_away("owner", reason, hint)
             self._waits_for = owner.waits_for
         if self._waits_for and owner.holds:
             _log.info("root.taken", previous=self._waits_for)
+            self.journal.set_fact("away", None)
             self._waits_for = None
         why = owner.unguarded
         if why is not None and str(why) != self._unguarded:
@@ -552,7 +557,8 @@ class Service:
             at_once = self._refused is not self._read
             self._refused = self._read
         self._away[kind].failed(at_once=at_once, reason=error.reason, hint=hint)
-        self._note_away(error.reason, hint)
+        refused = isinstance(error, Unauthorized)
+        self._note_away("credentials" if refused else kind, error.reason, hint)
 
     def _take_credentials(self) -> None:
         """Use what the settings say now, if Alyx refuses what they said before."""
@@ -566,11 +572,17 @@ class Service:
             settings = self._reread()
         except (SettingsError, OSError) as error:
             mistakes = "; ".join(str(error).splitlines())
-            self._mistaken.failed(reason=mistakes, hint="correct it; regd keeps what it has")
-            self._note_away(refusal.reason, f"correct the settings: {mistakes}")
+            another = (
+                mistakes != self._mistakes
+            )  # a person has mended one, and waits for the answer
+            self._mistakes = mistakes
+            hint = "correct it; regd keeps what it has"
+            self._mistaken.failed(at_once=another, reason=mistakes, hint=hint)
+            self._note_away("credentials", refusal.reason, f"correct the settings: {mistakes}")
             return
         if self._mistaken.recovered():
-            self._note_away(refusal.reason, credentials_hint(self._read))
+            self._mistakes = ""
+            self._note_away("credentials", refusal.reason, credentials_hint(self._read))
         if credentials(settings) != credentials(self._read):
             self._read = settings
             self.client.alyx.use_credentials(*credentials(settings))
@@ -595,11 +607,17 @@ class Service:
         except RegdError as error:
             _log.error("alyx.odd", reason=error.reason, hint=error.hint)
 
-    def _note_away(self, reason: str, hint: str) -> None:
-        """Write the outage down for `regd status`, which may run without the credentials."""
+    def _note_away(self, kind: str, reason: str, hint: str) -> None:
+        """Write down for `regd status`, which may run without the credentials, why all waits.
+
+        Args:
+            kind: What it waits for: 'alyx', 'credentials', 'root' or 'owner'.
+            reason: What happened.
+            hint: What to do.
+        """
         known = self.journal.fact("away")
-        since = known["since"] if known else self._now()
-        away = {"reason": reason, "hint": hint, "since": since}
+        since = known["since"] if known and known["kind"] == kind else self._now()
+        away = {"kind": kind, "reason": reason, "hint": hint, "since": since}
         self.journal.set_fact("away", away)
 
     # --- the loop --------------------------------------------------------------------------------
@@ -704,10 +722,10 @@ class Service:
 
     def _take_hints(self) -> bool:
         """Wait for hints for one tick at most, do what they say; return True on an overflow."""
-        try:
-            self._note_hints(self._hints.get(timeout=_TICK_S))
-        except queue.Empty:
-            return False
+        # what was noted during a scan is done now, even if nothing comes after it
+        with contextlib.suppress(queue.Empty):
+            timeout_s = 0 if self._to_scan or self._overflowed else _TICK_S
+            self._note_hints(self._hints.get(timeout=timeout_s))
         folders, self._to_scan = self._to_scan, set()
         for folder in folders - {""}:  # a file in the root itself is named by the next whole scan
             self._scan(below=folder)

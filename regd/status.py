@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from regd.alyx import AlyxClient
-from regd.errors import RegdError
+from regd.errors import DataRootAway, RegdError, Unauthorized
 from regd.journal import FileRow, Journal, asides
 from regd.model import FileState, SessionState
 from regd.settings import Settings
+from regd.worker import check_root
 
 _LISTED = 200  # sessions of one state that are listed one by one
 _ALYX_WITHIN_S = 5.0
@@ -29,12 +31,11 @@ def report(settings: Settings, journal: Journal) -> Report:
         journal: What is known.
 
     Returns:
-        A dict that JSON can hold: ``data_root``, ``daemon``, ``damaged_journals`` (those set aside
-        and not yet removed by a person), ``alyx``, ``sessions`` and ``files``
+        A dict that JSON can hold: ``data_root``, ``daemon``, ``alyx``, ``sessions`` and ``files``
         (how many are in each state), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
         ``refused``, ``unfinished`` (files; the latter are written to for very long, or the disk
-        fails on them), ``strays``, ``backlog``, ``needs_human`` (how many things a person has to
-        mend).
+        fails on them), ``strays``, ``backlog``, ``problems`` (each a ``what``, ``reason`` and
+        ``hint``: all that a person has to mend), ``needs_human`` (how many those are).
     """
     sessions, in_files = journal.counts()
     refused = list(_grouped(journal.files_in(FileState.REFUSED)))
@@ -49,10 +50,15 @@ def report(settings: Settings, journal: Journal) -> Report:
     unfinished = list(_grouped([(folder, row) for folder, row in queued if row.hint]))
     parked = _sessions(journal, SessionState.PARKED)
     running = is_running(settings.state_dir)
+    problems = [
+        *_of_the_whole(settings, journal, running),
+        *({"what": s["session"], **s} for s in parked),
+        *({"what": f"{f['session']}/{f['path']}", **f} for f in (*refused, *unfinished)),
+        *({"what": s["path"], **s} for s in strays),
+    ]
     return {
         "data_root": journal.fact("data_root"),
         "daemon": {"running": running},
-        "damaged_journals": [str(path) for path in asides(journal.path)],
         "alyx": _alyx(settings, journal, running),
         "sessions": {str(state): count for state, count in sessions.items()},
         "files": {str(state): count for state, count in in_files.items()},
@@ -64,8 +70,33 @@ def report(settings: Settings, journal: Journal) -> Report:
         "unfinished": unfinished,
         "strays": strays,
         "backlog": journal.fact("backlog") or {"sessions": 0, "files": 0},
-        "needs_human": len(parked) + len(refused) + len(strays),
+        "problems": [{key: p[key] for key in ("what", "reason", "hint")} for p in problems],
+        "needs_human": len(problems),
     }
+
+
+def _of_the_whole(settings: Settings, journal: Journal, running: bool) -> Iterable[Report]:
+    """Yield what a person has to mend before any session can go on."""
+    left, _ = journal.left()
+    if left and not running:
+        waits = "1 session waits" if left == 1 else f"{left} sessions wait"
+        hint = "start it: sudo systemctl start regd; or, once: regd scan"
+        yield {"what": "regd", "reason": f"the daemon is not running, and {waits}", "hint": hint}
+    try:
+        if settings.data_root is not None:
+            check_root(settings.data_root, journal)
+    except DataRootAway as error:
+        yield {"what": str(settings.data_root), "reason": error.reason, "hint": error.hint}
+    away = journal.fact("away") if running else None
+    if away and away["kind"] in ("credentials", "owner"):
+        yield {"what": {"credentials": "Alyx", "owner": "regd"}[away["kind"]], **away}
+    for aside in asides(journal.path):
+        hint = f"check the disk of state_dir, then: rm -r {shlex.quote(str(aside))}*"
+        yield {
+            "what": str(aside),
+            "reason": "the journal was damaged; it was set aside, and a new one is built",
+            "hint": hint,
+        }
 
 
 def _is_there(settings: Settings, path: str) -> bool:
@@ -117,15 +148,15 @@ def _grouped(rows: list[tuple[str, FileRow]]) -> Iterable[Report]:
 
 
 def _alyx(settings: Settings, journal: Journal, running: bool) -> Report:
-    """Return whether Alyx answers and takes the credentials.
+    """Return whether Alyx answers, and what is wrong with it or with the credentials.
 
     Who asks may lack the daemon's credentials; then what the daemon knows counts, or else that
     Alyx answers at all.
     """
     about = {"url": settings.alyx.url, "reachable": True, "reason": None, "hint": None}
     away = journal.fact("away") if running else None
-    if away:
-        return {**about, "reachable": False, **away}
+    if away and away["kind"] in ("alyx", "credentials"):
+        return {**about, "reachable": away["kind"] == "credentials", **away}
     try:
         alyx = settings.alyx.model_copy(update={"timeout_s": _ALYX_WITHIN_S})
         quick = settings.model_copy(update={"alyx": alyx})
@@ -135,7 +166,8 @@ def _alyx(settings: Settings, journal: Journal, running: bool) -> Report:
             else:
                 client.ping()
     except RegdError as error:
-        return {**about, "reachable": False, "reason": error.reason, "hint": error.hint}
+        answers = isinstance(error, Unauthorized)
+        return {**about, "reachable": answers, "reason": error.reason, "hint": error.hint}
     return about
 
 

@@ -274,7 +274,8 @@ class Worker:
         )
 
     def _park(self, row: SessionRow, reason: str, hint: str) -> _Next:
-        _log.error("session.parked", reason=reason, hint=hint)
+        if reason != row.reason:  # its flag, seen a second time, makes no second alarm
+            _log.error("session.parked", reason=reason, hint=hint)
         return _Next(
             SessionState.PARKED, 0.0, row.attempt, reason, hint or "then: regd retry --all"
         )
@@ -740,7 +741,8 @@ class Worker:
         try:
             removed = files.remove_flag(self.root, row.folder, self.settings.flag)
         except OSError as error:
-            raise _of_disk(error, f"the flag {self.settings.flag} cannot be removed") from None
+            what = f"the flag {self.settings.flag} cannot be removed"
+            raise _of_disk(error, what, "write") from None
         self.journal.unflagged(row.id)
         if removed:
             _log.info("flag.removed", path=self.settings.flag)
