@@ -2,8 +2,10 @@
 
 A file is settled when its size and modification time have stood still for `quiet_s`. A writer that
 closed it shortens the wait to `closed_quiet_s`. A file that nobody has touched for that long
-already, by its own time stamps, needs no waiting at all. One that a program was found to have open
-for writing is not finished, however still: it is looked at again when closed, or `quiet_s` later.
+already, by its own time stamps, needs no waiting at all, if they are of this computer's clock; a
+file server has its own, which may be wrong, so there a file must be seen standing still. One that a
+program was found to have open for writing is not finished, however still: it is looked at again
+when closed, or `quiet_s` later.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class Stillness:
         if self._steadiness.jump_s(wall, now):
             self._jumped_at = now
 
-    def untouched_s(self, touched_at: float, wall: float, now: float) -> float | None:
+    def untouched_s(self, touched_at: float | None, wall: float, now: float) -> float | None:
         """Return the seconds since a file was last touched by its own stamps; None if unknown.
 
         A stamp of the future tells nothing. Nor does any for `quiet_s` after the wall clock was
@@ -86,11 +88,14 @@ class Stillness:
         clock went ahead. What is touched later has a stamp of the clock as it is.
 
         Args:
-            touched_at: The newer of its mtime and ctime, seconds since 1970.
+            touched_at: The newer of its mtime and ctime, seconds since 1970; None where they are
+                not of this computer's clock.
             wall: Seconds since 1970.
             now: Monotonic seconds, read at the same time.
         """
         self.see_clocks(wall, now)
+        if touched_at is None:
+            return None
         if self._jumped_at is not None and now - self._jumped_at < self.quiet_s:
             return None
         return wall - touched_at if wall >= touched_at else None

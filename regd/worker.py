@@ -405,6 +405,9 @@ class Worker:
         rows: list[FileRow] = []
         wait_s: float | None = None
         flushed_at = self.clock()
+        with files.open_folder(self.root, row.folder) as descriptor:
+            # elsewhere they are of another computer's clock, which may be wrong
+            stamped_here = files.is_local(descriptor)
         for found in self._walk(row.folder):
             key = found.path if is_utf8(found.path) else printable(found.path)
             seen.add(key)
@@ -413,10 +416,11 @@ class Worker:
                 old is not None and _is_settled_row(old) and old.signature == found.signature
             ):
                 continue
-            looked = self._look(row, key, found, old, blocked)
+            looked = self._look(row, key, found, old, blocked, stamped_here=stamped_here)
             rows.append(looked)
             if looked.state is FileState.SETTLING and key not in blocked:
-                remaining_s = self._remaining_s(f"{row.folder}/{found.path}", found)
+                full = f"{row.folder}/{found.path}"
+                remaining_s = self._remaining_s(full, found, stamped_here=stamped_here)
                 wait_s = min(wait_s if wait_s is not None else remaining_s, remaining_s)
             if self.clock() - flushed_at > _FLUSH_S:
                 self.journal.write_files(row.id, rows)
@@ -439,6 +443,8 @@ class Worker:
         found: files.Found,
         old: FileRow | None,
         blocked: _Blocked,
+        *,
+        stamped_here: bool,
     ) -> FileRow:
         """Return the row of a file that is new or changed."""
         new = FileRow(
@@ -455,7 +461,7 @@ class Worker:
             _check_kind(key, found)
             self.client.check_name(found.path)
             full = f"{row.folder}/{found.path}"
-            if self._remaining_s(full, found) > 0:
+            if self._remaining_s(full, found, stamped_here=stamped_here) > 0:
                 return self._still_settling(new, old)
             md5 = None
             if self._is_hashed(found.signature.size):
@@ -504,10 +510,11 @@ class Worker:
             _log.warning("file.unfinished", path=new.path, reason=reason, hint=hint)
         return replace(new, reason=reason, hint=hint)
 
-    def _remaining_s(self, full: str, found: files.Found) -> float:
+    def _remaining_s(self, full: str, found: files.Found, *, stamped_here: bool) -> float:
         wall, now = self.now(), self.clock()
+        touched_at = found.touched_ns / 1e9 if stamped_here else None
         with self.stillness_lock:
-            untouched_s = self.stillness.untouched_s(found.touched_ns / 1e9, wall, now)
+            untouched_s = self.stillness.untouched_s(touched_at, wall, now)
             return self.stillness.remaining_s(full, found.signature, untouched_s, now)
 
     def _finish_moves(self, row: SessionRow, blocked: _Blocked) -> None:

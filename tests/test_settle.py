@@ -245,6 +245,15 @@ def test_a_clock_seen_before_any_file() -> None:
     assert still.untouched_s(99.0, 1.7e9, 10.0) is None
 
 
+def test_a_file_whose_stamps_are_of_another_clock_must_be_seen_standing_still() -> None:
+    still, same = fresh(), Signature(1, 1)
+    assert still.untouched_s(None, 1e9, 0.0) is None
+    assert still.remaining_s("f", same, None, 0.0) == 30.0
+    assert still.remaining_s("f", same, None, 29.0) == 1.0
+    assert still.remaining_s("f", Signature(2, 1), None, 29.5) == 30.0
+    assert still.remaining_s("f", Signature(2, 1), None, 59.5) == 0.0
+
+
 def test_a_stamp_of_the_future_tells_nothing() -> None:
     assert fresh().untouched_s(1e9 + 1, 1e9, 0.0) is None
 

@@ -924,6 +924,27 @@ def test_a_file_being_written_while_the_clock_is_set_forward(
     machine.check(1)
 
 
+def test_a_growing_file_on_a_server_whose_clock_is_behind(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network drive, where the kernel does not say who has the file open either."""
+    monkeypatch.setattr(files, "is_local", lambda _: False)
+    monkeypatch.setattr(files, "is_open_for_writing", lambda _: None)
+    clock = Clock()  # all stamps are an hour older than what it says
+    folder = machine.record(names=DATASETS[:2])
+    with machine.by_hand(clock) as service, (folder / FILE).open("ab", buffering=0) as out:
+        for _ in range(10):
+            out.write(b"a trial")
+            service._scan()
+            while service.step():
+                pass
+            assert not any(FILE in what and machine.date in what[0] for what in machine.wire.posted)
+            clock.sleep(0.4)  # less than quiet_s
+        assert DATASETS[1] in machine.held()
+        finish(service, clock, 60)
+    machine.check(1)
+
+
 # --- inotify -------------------------------------------------------------------------------------
 
 
