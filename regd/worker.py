@@ -550,7 +550,9 @@ class Worker:
         ]
         self.journal.write_files(row.id, known)
         for r in known:
-            _log.info("file.known", path=r.path, id=r.dataset_id)
+            _log.debug("file.known", path=r.path, id=r.dataset_id)
+        if known:
+            _log.info("session.compared", known=len(known), new=len(rows) - len(known))
         paths = {r.path for r in known}
         return [r for r in rows if r.path not in paths]
 
