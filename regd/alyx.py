@@ -24,6 +24,7 @@ from regd import __version__
 from regd.errors import (
     AlyxAway,
     AlyxFault,
+    AlyxOdd,
     AlyxRefused,
     AlyxThrottled,
     DatasetsProtected,
@@ -51,6 +52,7 @@ Params = Mapping[str, Any] | list[tuple[str, str]]
 _PAGE = 1000  # Alyx's own maximum
 _MOST_PAGES = 1000
 _LARGEST_BODY = 64 * 2**20  # bytes; a session of 100,000 datasets is told in less
+_LONGEST_ANSWER = 10.0  # times timeout_s: a byte now and then must not hold a worker for ever
 _LONGEST_TEXT = 1000  # characters of what Alyx says of an error
 _BLIP_ATTEMPTS = 4
 _BLIP_FIRST_S = 0.25
@@ -121,7 +123,8 @@ class AlyxClient:
         password: Needed where there is no token, or to get a new one when it is refused.
         token: An API token, as Alyx shows it to its user.
         ca_file: A PEM file of the authorities to trust instead of the system's.
-        timeout_s: Seconds without a byte after which a request is given up.
+        timeout_s: Seconds without a byte after which a request is given up; ten times that for
+            the whole of it.
         requests_per_minute: Never ask faster than this; Alyx allows a user 550 by default.
         transport: Where requests go instead of the network; for tests.
         clock: Monotonic seconds.
@@ -150,6 +153,7 @@ class AlyxClient:
         self.base_url = _checked_url(base_url)
         self.use_credentials(username, password, token)
         self._clock = clock
+        self._longest_s = _LONGEST_ANSWER * timeout_s
         self._limit = RateLimit(requests_per_minute, clock=clock, sleep=sleep)
         self._sleep = sleep
         self._chance = chance
@@ -270,11 +274,11 @@ class AlyxClient:
         Raises:
             AlyxAway: With `unknown_outcome` set if the request may have taken effect.
         """
-        return self._checked(self._request("POST", path, json=data), path, form)
+        return self._write("POST", path, data, form)
 
     def patch(self, path: str, data: Mapping[str, Any], form: TypeAdapter[Any] = RECORD) -> Any:
         """Return what `PATCH path` answers: the record with `data` changed and the rest kept."""
-        return self._checked(self._request("PATCH", path, json=data), path, form)
+        return self._write("PATCH", path, data, form)
 
     def pages(
         self,
@@ -287,22 +291,15 @@ class AlyxClient:
         seen: list[Params] = []
         while query is not None:
             if query in seen:
-                raise AlyxAway(
-                    f"{self.base_url}{path} lists its pages in a circle", unknown_outcome=True
-                )
+                raise AlyxOdd(f"{self.base_url}{path} lists its pages in a circle")
             seen.append(query)
             if len(seen) > _MOST_PAGES:
-                raise AlyxAway(
-                    f"{self.base_url}{path} lists pages without end", unknown_outcome=True
-                )
+                raise AlyxOdd(f"{self.base_url}{path} lists pages without end")
             answer = self._request("GET", path, params=query)
             paged = isinstance(answer, dict)
             records = answer.get("results") if paged else answer
             if not isinstance(records, list):
-                raise AlyxAway(
-                    f"{self.base_url}{path} answered with something that is no list",
-                    unknown_outcome=True,
-                )
+                raise AlyxOdd(f"{self.base_url}{path} answered with something that is no list")
             for record in records:
                 yield self._checked(record, path, form)
             if not paged:
@@ -310,10 +307,7 @@ class AlyxClient:
             # only the query of `next` is taken: behind a proxy its host may be the wrong one
             after = answer.get("next")
             if after and not records:
-                raise AlyxAway(
-                    f"{self.base_url}{path} names a next page after an empty one",
-                    unknown_outcome=True,
-                )
+                raise AlyxOdd(f"{self.base_url}{path} names a next page after an empty one")
             query = _query_of(after) if after else None
 
     def rest(
@@ -352,11 +346,19 @@ class AlyxClient:
     def _checked(self, answer: Any, path: str, form: TypeAdapter[Any]) -> Any:
         if is_a(form, answer):
             return answer
-        raise AlyxAway(
+        raise AlyxOdd(
             f"{self.base_url}{path} answered with something that Alyx does not say",
             hint="is alyx.url the address of an Alyx of version 3?",
-            unknown_outcome=True,
         )
+
+    def _write(
+        self, method: str, path: str, data: Mapping[str, Any], form: TypeAdapter[Any]
+    ) -> Any:
+        try:
+            return self._checked(self._request(method, path, json=data), path, form)
+        except AlyxOdd as error:
+            error.unknown_outcome = True
+            raise
 
     def _request(
         self,
@@ -371,7 +373,7 @@ class AlyxClient:
                 return False
             if error.after_s is not None and error.after_s > _BLIP_LONGEST_S:
                 return False
-            return method == "GET" or not error.unknown_outcome
+            return method == "GET" or not isinstance(error, AlyxOdd)
 
         def wait_s(state: RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
@@ -427,8 +429,9 @@ class AlyxClient:
         content = {key: value for key, value in content.items() if value is not None}
         where = f"{method} {self.base_url}{path}"
         try:
+            late_at = self._clock() + self._longest_s
             with self._http.stream(method, path, headers=headers, **content) as answer:
-                return _whole(answer)
+                return _whole(answer, lambda: self._clock() > late_at)
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
             # its text would repeat the header, and with it the token
             raise InvalidInput(f"{where} cannot be sent: check alyx.url and alyx.token") from None
@@ -438,7 +441,7 @@ class AlyxClient:
             ) from None
         except (httpx.TransportError, httpx.DecodingError) as error:
             what = str(error) or type(error).__name__
-            raise AlyxAway(f"{where}: the answer was lost: {what}", unknown_outcome=True) from None
+            raise AlyxOdd(f"{where}: the answer was lost: {what}") from None
         except (httpx.InvalidURL, ValueError, TypeError) as error:
             raise InvalidInput(f"{where} cannot be sent: {error}") from None
 
@@ -461,11 +464,14 @@ class AlyxClient:
             if self._clock() < login.refused_until:  # by another thread's request
                 raise wrong
             form = {"username": login.user, "password": login.password}
-            answer = self._send("POST", "/auth-token", data=form)
-            if answer.status_code == 400 and _json(answer) is not None:
-                login.refused_until = self._clock() + _REFUSED_S
-                raise wrong
-            body = _read(answer)
+            try:
+                answer = self._send("POST", "/auth-token", data=form)
+                if answer.status_code == 400 and _json(answer) is not None:
+                    login.refused_until = self._clock() + _REFUSED_S
+                    raise wrong
+                body = _read(answer)
+            except (AlyxOdd, AlyxFault) as error:  # of no use to anybody; what was asked is unsent
+                raise AlyxAway(error.reason, hint=error.hint, after_s=error.after_s) from None
             token = body.get("token") if isinstance(body, dict) else None
             # anything else cannot stand in a header
             if not isinstance(token, str) or not re.fullmatch(r"[!-~]{1,1000}", token):
@@ -477,21 +483,22 @@ class AlyxClient:
 # --- what an answer means ------------------------------------------------------------------------
 
 
-def _whole(answer: httpx.Response) -> httpx.Response:
+def _whole(answer: httpx.Response, is_late: Callable[[], bool]) -> httpx.Response:
     """Return an answer with its body, read and unpacked piece by piece up to a limit.
 
     Raises:
-        AlyxAway: It is too large to be held in memory.
+        AlyxOdd: It is too large to be held in memory, or does not end in time.
     """
     body = bytearray()
     for piece in answer.iter_bytes():
         body += piece
+        if is_late():
+            raise httpx.ReadTimeout("it came too slowly")
         if len(body) > _LARGEST_BODY:
-            raise AlyxAway(
+            raise AlyxOdd(
                 f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
                 f" answered with more than {_LARGEST_BODY} bytes",
                 hint="is alyx.url the address of Alyx?",
-                unknown_outcome=True,
             )
     headers = {k: v for k, v in answer.headers.items() if k != "content-encoding"}
     return httpx.Response(
@@ -507,7 +514,7 @@ def _read(answer: httpx.Response) -> Any:
     """Return the JSON of a good answer.
 
     Raises:
-        AlyxAway: What answered is not a working Alyx.
+        AlyxOdd: What answered is not a working Alyx.
         AlyxFault: Alyx failed on this request.
         NeedsHuman: Alyx refused it; the subclass says how.
     """
@@ -517,10 +524,9 @@ def _read(answer: httpx.Response) -> Any:
     body = _json(answer)
     if answer.is_success:
         if body is None:
-            raise AlyxAway(
+            raise AlyxOdd(
                 f"{where} answered {answer.status_code} with something other than JSON",
                 hint="is alyx.url the address of Alyx, and is there a login page in between?",
-                unknown_outcome=True,
             )
         return body
     raise _failure(where, answer, body if isinstance(body, dict) else None)
@@ -540,20 +546,16 @@ def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) ->
     if status == 429:
         return AlyxThrottled(f"{where}: too many requests (429)", after_s=_asked_s(answer))
     if answer.has_redirect_location or 300 <= status < 400:
-        return AlyxAway(
+        return AlyxOdd(
             f"{where} was redirected ({status}) to {answer.headers.get('Location', '?')[:200]}",
             hint="is alyx.url right, and is there a login page in between?",
-            unknown_outcome=True,
         )
     if status in (502, 503, 504) or (status >= 500 and body is None):
-        return AlyxAway(
-            f"{where} answered {status}", unknown_outcome=True, after_s=_asked_s(answer)
-        )
+        return AlyxOdd(f"{where} answered {status}", after_s=_asked_s(answer))
     if body is None:  # Alyx says what it refuses in JSON: this is the word of something in between
-        return AlyxAway(
+        return AlyxOdd(
             f"{where} answered {status} with something other than JSON",
             hint="is alyx.url right? Else ask Alyx's keeper what stands between",
-            unknown_outcome=True,
         )
     text = _sentence(body)
     if status in (401, 403):
@@ -667,14 +669,14 @@ def _query_of(address: object) -> Params:
     """Return the query of the next page's address.
 
     Raises:
-        AlyxAway: It is no address of a page.
+        AlyxOdd: It is no address of a page.
     """
     try:
         query = parse_qsl(urlsplit(address).query) if isinstance(address, str) else []
     except ValueError:
         query = []
     if not query:
-        raise AlyxAway("Alyx named a next page that has no address", unknown_outcome=True)
+        raise AlyxOdd("Alyx named a next page that has no address")
     return query
 
 

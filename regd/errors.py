@@ -87,7 +87,7 @@ class AlyxAway(TryLater):
     """Nothing behind `alyx.url` works as Alyx: an outage, which counts against no session.
 
     Args:
-        unknown_outcome: True if the request may have taken effect all the same.
+        unknown_outcome: True if something was to be changed, and may be changed, now or later.
     """
 
     def __init__(
@@ -100,6 +100,13 @@ class AlyxAway(TryLater):
     ) -> None:
         super().__init__(message, hint=hint, after_s=after_s)
         self.unknown_outcome = unknown_outcome
+
+
+class AlyxOdd(AlyxAway):
+    """The answer to this very request was lost, or is none that Alyx gives.
+
+    It is an outage if Alyx does not answer a greeting either; else it lies in what was asked.
+    """
 
 
 class AlyxThrottled(AlyxAway):

@@ -25,7 +25,7 @@ from regd.model import FileState, SessionPath, SessionState, Signature
 from regd.paths import parse_session
 
 SCHEMA_VERSION = 1
-UNKNOWN_OUTCOME_S = 15.0
+UNKNOWN_OUTCOME_S = 75.0
 """How long a request whose outcome is unknown may still take to have an effect, in seconds."""
 FILE_NAME = "journal.sqlite"
 _SET_ASIDE = ".damaged-"
@@ -48,6 +48,8 @@ class SessionRow:
     reason: str | None
     hint: str | None
     changed_at: float
+    not_before: float
+    creating_at: float | None
 
     @property
     def path(self) -> SessionPath:
@@ -73,7 +75,7 @@ class FileRow:
 
 _SESSION_COLUMNS = (
     "id, folder, state, flagged, asked, eid, doubt, due_at, attempt, looked, reason, hint,"
-    " changed_at"
+    " changed_at, not_before, creating_at"
 )
 _FILE_COLUMNS = (
     "path, state, size, mtime_ns, md5, dataset_id, move_to, reason, hint, first_seen_at, changed_at"
@@ -499,17 +501,24 @@ class Journal:
                 },
             )
 
-    def recover(self) -> int:
-        """Put back what a process that is gone had in work; return how many sessions that were."""
+    def recover(self, arrives_s: float = UNKNOWN_OUTCOME_S) -> int:
+        """Put back what a process that is gone had in work; return how many sessions that were.
+
+        Args:
+            arrives_s: How long what it sent may still take to have an effect.
+        """
         with self._write() as db:
             return db.execute(
                 """
                 UPDATE session SET state = 'waiting', doubt = 1,
-                    -- what was sent may be on its way: look only when it must have arrived
-                    not_before = :now + :settle_s, due_at = :now + :settle_s
+                    -- files that were sent may be on their way: none is sent before they arrive;
+                    -- without a UUID none was, and its creation is waited for where it is asked for
+                    not_before = iif(eid IS NULL, 0, :now + :arrives_s),
+                    due_at = iif(eid IS NULL, :now, :now + :arrives_s),
+                    creating_at = iif(creating_at IS NULL, NULL, :now)
                 WHERE state = 'working'
                 """,
-                {"now": self._now(), "settle_s": UNKNOWN_OUTCOME_S},
+                {"now": self._now(), "arrives_s": arrives_s},
             ).rowcount
 
     def shift(self, by_s: float) -> None:
@@ -520,6 +529,10 @@ class Journal:
                 " not_before = CASE WHEN not_before > 0 THEN not_before + :by ELSE 0 END"
                 " WHERE state IN ('waiting', 'held', 'working')",
                 {"by": by_s},
+            )
+            db.execute(
+                "UPDATE session SET creating_at = creating_at + ? WHERE creating_at IS NOT NULL",
+                (by_s,),
             )
 
     def clamp(self, waiting_s: float, held_s: float) -> int:
@@ -532,6 +545,10 @@ class Journal:
             held_s: The longest that a held one can.
         """
         with self._write() as db:
+            db.execute(
+                "UPDATE session SET creating_at = :now WHERE creating_at > :now",
+                {"now": self._now()},
+            )
             return db.execute(
                 "UPDATE session SET due_at = :soon, not_before = min(not_before, :soon)"
                 " WHERE state IN ('waiting', 'held')"
@@ -549,11 +566,20 @@ class Journal:
         with self._write() as db:
             db.execute("UPDATE session SET doubt = 1 WHERE doubt = 0")
 
+    def set_creating(self, session: int, creating: bool) -> None:
+        """Note that a session's creation is sent now, or that nothing of it is on its way."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE session SET creating_at = ? WHERE id = ?",
+                (self._now() if creating else None, session),
+            )
+
     def identify(self, session: int, eid: str, *, doubt: bool) -> None:
         """Write down a session's UUID, and whether Alyx may hold datasets of it already."""
         with self._write() as db:
             db.execute(
-                "UPDATE session SET eid = ?, doubt = ? WHERE id = ? AND state = 'working'",
+                "UPDATE session SET eid = ?, doubt = ?, creating_at = NULL"
+                " WHERE id = ? AND state = 'working'",
                 (eid, doubt, session),
             )
 

@@ -27,6 +27,7 @@ from regd.alyx import AlyxClient
 from regd.datasettypes import DatasetTypes
 from regd.errors import (
     AlyxAway,
+    AlyxOdd,
     DatasetsProtected,
     InvalidInput,
     InvalidPath,
@@ -345,7 +346,7 @@ class RegistrationClient:
         found = [record for record in found if record["subject"] == session.subject]
         for record in found:
             if (str(record["start_time"])[:10], record["number"]) != session.key[1:]:
-                raise AlyxAway(f"{self.alyx.base_url}/sessions lists others than were asked for")
+                raise AlyxOdd(f"{self.alyx.base_url}/sessions lists others than were asked for")
         return found
 
     def create_session(self, session: SessionPath, fields: Mapping[str, Any]) -> Record:
@@ -599,7 +600,7 @@ class RegistrationClient:
         body = registration_body(session, items, checked=checked, options=options)
         answer = self.alyx.post("/register-file", body, REGISTERED)
         if [_place(record) for record in answer] != [parse_dataset(item.path) for item in items]:
-            raise AlyxAway(
+            raise AlyxOdd(
                 f"{self.alyx.base_url}/register-file did not answer with a record for each file",
                 unknown_outcome=True,
             )
@@ -628,7 +629,7 @@ class RegistrationClient:
     def _datasets_of(self, eid: str) -> Iterator[Record]:
         for record in self.alyx.pages("/datasets", {"session": eid}, DATASET):
             if str(record["session"])[-36:] != eid:
-                raise AlyxAway(f"{self.alyx.base_url}/datasets lists those of another session")
+                raise AlyxOdd(f"{self.alyx.base_url}/datasets lists those of another session")
             yield record
 
     def _creator(self, created_by: str | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ CREATE TABLE session (
     asked       INTEGER NOT NULL DEFAULT 0 CHECK (asked IN (0, 1)),
                                                -- `regd scan --all` asked for it, as a flag does
     eid         TEXT,                          -- its UUID on Alyx, once known
+    creating_at REAL,                          -- when its creation was sent, while that may be on its way
     doubt       INTEGER NOT NULL DEFAULT 1 CHECK (doubt IN (0, 1)),
                                                -- Alyx may hold datasets of it that `file` does not know
     due_at      REAL    NOT NULL,              -- when it is looked at next, if waiting or held

@@ -34,7 +34,7 @@ from regd.errors import (
     TryLater,
     Unauthorized,
 )
-from regd.journal import FILE_NAME, Journal, asides, set_aside
+from regd.journal import FILE_NAME, UNKNOWN_OUTCOME_S, Journal, asides, set_aside
 from regd.logs import Recurring, get_logger
 from regd.model import SessionPath
 from regd.owner import HEARTBEAT_S, SILENT_BEATS, Owner, myself
@@ -49,6 +49,7 @@ from regd.worker import HELD_LONGEST_S, Gate, Worker, check_root
 
 STOP_WITHIN_S = 4.0
 """How long what is in hand may take to finish after SIGTERM, in seconds."""
+_MARGIN_S = 15.0  # beyond alyx.timeout_s
 _TICK_S = 1.0  # how often the journal is asked for what other processes want
 _IDLE_S = 30.0  # a worker with nothing to do is told of news; this is how long it believes that
 _REMIND_S = 3600.0
@@ -157,6 +158,8 @@ class Service:
         now: Seconds since 1970.
         clock: Monotonic seconds.
         chance: A number in [0, 1), for jitter.
+        arrives_s: How long a request whose outcome is unknown may still take to have an effect, if
+            not by the settings.
 
     Raises:
         NeedsHuman: The journal cannot be used.
@@ -173,6 +176,7 @@ class Service:
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
+        arrives_s: float | None = None,
     ) -> None:
         if settings.data_root is None:
             raise InvalidInput("data_root is not set", hint="set it in the settings file")
@@ -205,6 +209,10 @@ class Service:
             now=now,
             clock=clock,
             chance=chance,
+            # nobody waits for it any longer then, regd or what stands between it and Alyx
+            arrives_s=max(UNKNOWN_OUTCOME_S, settings.alyx.timeout_s + _MARGIN_S)
+            if arrives_s is None
+            else arrives_s,
         )
         self._hints: queue.SimpleQueue[Hint] = queue.SimpleQueue()
         self._to_scan: set[str] = set()  # folders that a hint named, outside any session
@@ -352,7 +360,7 @@ class Service:
 
     def _recover(self) -> int:
         """Take on the work that the process before left; return how much of it was in hand."""
-        recovered = self.journal.recover()
+        recovered = self.journal.recover(self.worker.arrives_s)
         self.journal.doubt_all()
         self._clamp()
         return recovered
@@ -450,7 +458,7 @@ class Service:
             thread.join(max(0.0, deadline - time.monotonic()))
         put_back = 0
         with contextlib.suppress(JournalFailed, sqlite3.Error):
-            put_back = self.journal.recover()
+            put_back = self.journal.recover(self.worker.arrives_s)
         # what is still in hand may have an effect later: the next regd has to wait for that
         self.owner.close(clean=not any(thread.is_alive() for thread in workers))
         _log.info("regd.stopped", put_back=put_back)
@@ -526,6 +534,9 @@ class Service:
         try:
             check_root(self.root, self.journal)
             self.client.alyx.greet()
+            while self.gate.takes_nothing:  # only something that it takes shows that it works
+                if not (self.gate.is_probing and self.worker.step(trial=True)):
+                    return True
         except Stopping:
             return False
         except JournalFailed:

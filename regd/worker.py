@@ -14,7 +14,8 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,7 @@ from regd import files
 from regd.errors import (
     AlyxAway,
     AlyxFault,
+    AlyxOdd,
     DataRootAway,
     DatasetsProtected,
     FileChanged,
@@ -33,6 +35,7 @@ from regd.errors import (
     NeedsHuman,
     NoDatasetType,
     PathTaken,
+    RegdError,
     RevisionProtected,
     SessionNotFound,
     Stopping,
@@ -63,12 +66,17 @@ HELD_LONGEST_S = 6 * 3600.0
 _PROBE_FIRST_S, _PROBE_LONGEST_S = 2.0, 60.0  # between two attempts to reach Alyx again
 # the same for credentials that it refused: each attempt may bring their account nearer to a lock
 _LOGIN_FIRST_S, _LOGIN_LONGEST_S = 60.0, 900.0
+_LOOK_S = 5.0  # between two looks for a session whose creation may be on its way
+_WRITES_FAIL = 3  # sessions, with none that Alyx took anything of in between: it is not their fault
 _FLUSH_S = 2.0  # hashes are written down at least this often
 _log = get_logger()
 
 
 class Gate:
     """Keeps all workers from Alyx while it is away; whoever finds out closes it.
+
+    An Alyx may answer and yet take nothing: its database's disk is full, or it is read-only. Then
+    one session after the other fails, and only one that does not shows that this is over.
 
     Args:
         clock: Monotonic seconds.
@@ -82,14 +90,21 @@ class Gate:
         self._failures = 0
         self._probing = False
         self._next_probe_at = 0.0
+        self._unwritten: set[int] = set()
         self.error: TryLater | Unauthorized | None = None
 
-    def close(self, error: TryLater | Unauthorized) -> None:
+    def close(self, error: TryLater | Unauthorized, *, answers: bool = False) -> None:
         """Note that Alyx, or the data root, does not work.
 
         What several workers find at the same time is one failure.
+
+        Args:
+            error: What was found.
+            answers: Whether Alyx answers all the same, and only takes nothing.
         """
         with self._lock:
+            if not answers:  # that explains what failed
+                self._unwritten.clear()
             refused = isinstance(error, Unauthorized)
             if self.error is None or refused != isinstance(self.error, Unauthorized):
                 self._failures = 1
@@ -113,9 +128,35 @@ class Gate:
     def open(self) -> None:
         """Note that they work."""
         with self._lock:
-            self._failures = 0
-            self._probing = False
-            self.error = None
+            self._open()
+
+    def _open(self) -> None:
+        self._failures = 0
+        self._probing = False
+        self._unwritten.clear()
+        self.error = None
+
+    def write_failed(self, session: int) -> None:
+        """Note that Alyx failed on what was to be written of a session."""
+        with self._lock:
+            self._unwritten.add(session)
+
+    def wrote(self) -> None:
+        """Note that Alyx took something, and so works."""
+        with self._lock:
+            if self.takes_nothing:
+                self._open()
+            self._unwritten.clear()
+
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether Alyx failed on so many sessions that it cannot lie in them."""
+        return len(self._unwritten) >= _WRITES_FAIL
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether somebody tries, and has not failed yet."""
+        return self._probing
 
     def take_probe(self) -> bool:
         """Say whether it is time to try again, to the first who asks."""
@@ -161,6 +202,7 @@ class Worker:
         clock: Monotonic seconds.
         today: The rig's local date.
         chance: A number in [0, 1), for jitter.
+        arrives_s: How long a request whose outcome is unknown may still take to have an effect.
     """
 
     root: Path
@@ -175,17 +217,21 @@ class Worker:
     clock: Callable[[], float] = time.monotonic
     today: Callable[[], datetime.date] = datetime.date.today
     chance: Callable[[], float] = random.random
+    arrives_s: float = UNKNOWN_OUTCOME_S
     stillness_lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def step(self) -> bool:
+    def step(self, *, trial: bool = False) -> bool:
         """Do the job of one due session, as far as it goes; return False if none was due.
 
         A session's own failure never escapes: it becomes the row's next state.
 
+        Args:
+            trial: Whether to do it even though the gate is closed.
+
         Raises:
             JournalFailed: The journal is unusable: let systemd start a new process.
         """
-        if self.gate.error is not None or self.stop.is_set():
+        if (self.gate.error is not None and not trial) or self.stop.is_set():
             return False
         row = self.journal.claim()
         if row is None:
@@ -214,19 +260,32 @@ class Worker:
                 row.attempt,
                 row.reason,
                 row.hint,
-                looked=row.looked,
+                row.not_before,
+                row.looked,
             )
         except (AlyxAway, AlyxFault, DataRootAway, Unauthorized) as error:
-            unknown = isinstance(error, AlyxAway) and error.unknown_outcome
-            if (unknown or isinstance(error, AlyxFault)) and self._alyx_works():
-                # it fails on this session alone; what was sent may still be on its way
-                after_s = UNKNOWN_OUTCOME_S if unknown else None
-                return self._again(row, TryLater(error.reason, hint=error.hint, after_s=after_s))
+            arrives_s = self._arrives_s(row, error)
+            answers = False
+            if isinstance(error, (AlyxOdd, AlyxFault)) and (answers := self._alyx_works()):
+                wait_s = max(error.after_s or 0.0, arrives_s)
+                if not self.gate.takes_nothing:  # it fails on this session alone
+                    return self._again(row, TryLater(error.reason, hint=error.hint, after_s=wait_s))
+                error = AlyxAway(
+                    f"Alyx answers, but takes nothing: {error.reason}",
+                    hint=error.hint or "ask Alyx's keeper: is its database full, or read-only?",
+                    after_s=error.after_s,
+                )
             # an outage: no session's failure, so it counts as no attempt
-            self.gate.close(error)
-            due_at = self.now() + (UNKNOWN_OUTCOME_S if unknown else 0.0)
+            self.gate.close(error, answers=answers)
+            due_at = self.now() + arrives_s
             return _Next(
-                SessionState.WAITING, due_at, row.attempt, error.reason, error.hint, due_at
+                SessionState.WAITING,
+                due_at,
+                row.attempt,
+                error.reason,
+                error.hint,
+                due_at,
+                row.looked,
             )
         except TryLater as error:
             return self._again(row, error)
@@ -249,9 +308,27 @@ class Worker:
         """Say whether Alyx answers at all; asked once, without patience."""
         try:
             self.client.alyx.ping()
-        except (TryLater, NeedsHuman):
+        except (TryLater, NeedsHuman, Stopping):
             return False
         return True
+
+    def _arrives_s(self, row: SessionRow, error: Exception) -> float:
+        """Return the seconds until a session may be looked at: files sent may be on their way."""
+        if not isinstance(error, AlyxAway) or not error.unknown_outcome:
+            return 0.0
+        known = self.journal.session(row.folder)
+        # without a UUID no file was sent; its creation is waited for before it is sent again
+        return self.arrives_s if known is not None and known.eid is not None else 0.0
+
+    @contextmanager
+    def _writing(self, row: SessionRow) -> Iterator[None]:
+        """Note whether Alyx takes what is sent in the block."""
+        try:
+            yield
+        except (AlyxOdd, AlyxFault):
+            self.gate.write_failed(row.id)
+            raise
+        self.gate.wrote()
 
     def _again(self, row: SessionRow, error: TryLater) -> _Next:
         attempt = row.attempt + 1
@@ -263,14 +340,12 @@ class Worker:
             return self._park(row, f"{error.reason} (tried {attempt} times)", hint)
         wait_s = backoff_s(attempt, retry.first_s, retry.longest_s, self.chance)
         wait_s = max(wait_s, error.after_s or 0.0)
-        if row.eid is None:  # its creation may have been on its way
-            wait_s = max(wait_s, UNKNOWN_OUTCOME_S)
         _log.warning(
             "session.retried", reason=error.reason, hint=error.hint, wait_s=round(wait_s, 1)
         )
         due_at = self.now() + wait_s
         return _Next(
-            SessionState.WAITING, due_at, attempt, error.reason, error.hint, not_before=due_at
+            SessionState.WAITING, due_at, attempt, error.reason, error.hint, due_at, row.looked
         )
 
     def _park(self, row: SessionRow, reason: str, hint: str) -> _Next:
@@ -291,9 +366,15 @@ class Worker:
         if row.flagged and not flagged:  # a person, or regd before a power cut, removed it
             self.journal.unflagged(row.id)
         if row.eid is None or flagged:  # a flag asks for the session to be there, whatever was
-            found = self._identify(row, session, flagged or row.asked)
+            found = self._identify(row, session)
             if found is None:
-                return self._hold(row)
+                if not (flagged or row.asked):
+                    return self._hold(row)
+                if row.creating_at is not None:
+                    arrived_at = row.creating_at + self.arrives_s
+                    if self.now() < arrived_at:
+                        return self._look_again(row, arrived_at)
+                found = self._create(row, session)
             row = found
         blocked: _Blocked = {}
         with bound_contextvars(eid=row.eid):
@@ -340,8 +421,8 @@ class Worker:
 
     # --- create ----------------------------------------------------------------------------------
 
-    def _identify(self, row: SessionRow, session: SessionPath, asked: bool) -> SessionRow | None:
-        """Find the session on Alyx, or create it if that is asked for; None if it is neither."""
+    def _identify(self, row: SessionRow, session: SessionPath) -> SessionRow | None:
+        """Find the session on Alyx; None if it is not there."""
         found = self.client.search_sessions(session)
         if len(found) > 1:
             eids = ", ".join(str(record["id"]) for record in found)
@@ -353,18 +434,38 @@ class Worker:
             return row
         if row.eid is not None:  # it was deleted on Alyx, and all that was registered with it
             self.journal.forget_alyx(row.id)
-        if found:
-            eid, new = str(found[0]["id"]), False
-        elif asked:
-            users = self.settings.register.users
-            record = self.client.create_session(session, {"users": users} if users else {})
-            eid, new = str(record["id"]), True
-            _log.info("session.created", eid=eid)
-        else:
+        if not found:
             return None
+        eid = str(found[0]["id"])
+        self.journal.identify(row.id, eid, doubt=True)
+        return replace(row, eid=eid, doubt=True)
+
+    def _create(self, row: SessionRow, session: SessionPath) -> SessionRow:
+        """Create a session that Alyx does not have, and that is not on its way there."""
+        users = self.settings.register.users
+        self.journal.set_creating(row.id, True)
+        self.journal.durable()  # whatever happens now, it may be created: later, too
+        try:
+            with self._writing(row):
+                record = self.client.create_session(session, {"users": users} if users else {})
+        except RegdError as error:
+            # it may have been sent long after it was noted: the limit of requests makes it wait
+            unknown = isinstance(error, AlyxAway) and error.unknown_outcome
+            self.journal.set_creating(row.id, unknown)
+            raise
+        eid = str(record["id"])
+        _log.info("session.created", eid=eid)
         # a session just created holds nothing that the journal could not know
-        self.journal.identify(row.id, eid, doubt=not new)
-        return replace(row, eid=eid, doubt=not new)
+        self.journal.identify(row.id, eid, doubt=False)
+        return replace(row, eid=eid, doubt=False)
+
+    def _look_again(self, row: SessionRow, arrived_at: float) -> _Next:
+        """Say when to look for a session whose creation may be on its way: not to create it."""
+        due_at = min(self.now() + _LOOK_S, arrived_at)
+        reason = "Alyx may still create it, as it was asked before"
+        return _Next(
+            SessionState.WAITING, due_at, row.attempt, reason, not_before=due_at, looked=row.looked
+        )
 
     def _hold(self, row: SessionRow) -> _Next:
         known = self.journal.files(row.id)
@@ -645,7 +746,8 @@ class Worker:
         if created_by := register.created_by or self.client.alyx.user:
             options["created_by"] = created_by
         items = [FileToPost(r.path, r.signature.size, r.md5, register.versions) for r in rows]
-        records = self.client.post_files(session, items, checked=checked, options=options)
+        with self._writing(row):
+            records = self.client.post_files(session, items, checked=checked, options=options)
         done = [
             replace(
                 r,

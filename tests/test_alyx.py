@@ -29,6 +29,7 @@ from regd.alyx import AlyxClient, RateLimit
 from regd.errors import (
     AlyxAway,
     AlyxFault,
+    AlyxOdd,
     AlyxRefused,
     AlyxThrottled,
     DatasetsProtected,
@@ -272,7 +273,7 @@ def test_an_answer_of_another_form_is_not_alyxs(answer: httpx.Response) -> None:
         fake = Fake(answer)
         with fake.client() as client, pytest.raises(AlyxAway, match="/sessions answered") as e:
             getattr(client, method)("/sessions", {})
-        assert e.value.unknown_outcome is True  # something has been done, or not
+        assert e.value.unknown_outcome is (method != "get")  # something has been done, or not
         assert "alyx.url" in e.value.hint
         assert len(fake.asked) == 1
 
@@ -315,13 +316,13 @@ def test_a_long_query_can_be_sent_as_a_body() -> None:
         ),
         (403, {"detail": "Dataset x is protected, cannot patch"}, RevisionProtected, ""),
         (404, {"detail": "Not found."}, MemberNotFound, "create"),
-        (404, b"<h1>Not Found</h1>", AlyxAway, "alyx.url"),
+        (404, b"<h1>Not Found</h1>", AlyxOdd, "alyx.url"),
         (400, {"detail": "The repository does not exist"}, MemberNotFound, "repository"),
         (400, {"users": ["Object with username=x does not exist."]}, MemberNotFound, "Alyx"),
         (400, {"subject": ["Object with nickname=zz does not exist."]}, SubjectNotFound, "subject"),
         (400, {"number": ["A valid integer is required."]}, AlyxRefused, "correct"),
         (400, {"detail": 'The dataset "x.npy" is wrong'}, FileRefused, "retry"),
-        (400, b"Bad Request", AlyxAway, "keeper"),
+        (400, b"Bad Request", AlyxOdd, "keeper"),
         (
             500,
             {"detail": 'No dataset type found for filename "x.y.npy"'},
@@ -335,14 +336,14 @@ def test_a_long_query_can_be_sent_as_a_body() -> None:
         (500, {"detail": "Tag matching query does not exist."}, AlyxRefused, "retry"),
         (500, {"detail": "deadlock detected"}, AlyxFault, ""),
         (500, {"error": "out of  memory\n"}, AlyxFault, ""),
-        (500, b"<h1>Server Error (500)</h1>", AlyxAway, ""),
-        (500, b"[1, 2]", AlyxAway, ""),
-        (502, b"<html>Bad Gateway</html>", AlyxAway, ""),
-        (503, {"detail": "maintenance"}, AlyxAway, ""),
-        (504, b"", AlyxAway, ""),
-        (301, b"", AlyxAway, "alyx.url"),
-        (302, b"", AlyxAway, "login page"),
-        (304, b"", AlyxAway, "alyx.url"),
+        (500, b"<h1>Server Error (500)</h1>", AlyxOdd, ""),
+        (500, b"[1, 2]", AlyxOdd, ""),
+        (502, b"<html>Bad Gateway</html>", AlyxOdd, ""),
+        (503, {"detail": "maintenance"}, AlyxOdd, ""),
+        (504, b"", AlyxOdd, ""),
+        (301, b"", AlyxOdd, "alyx.url"),
+        (302, b"", AlyxOdd, "login page"),
+        (304, b"", AlyxOdd, "alyx.url"),
         (418, {"a": [1, {"b": None}], "c": None}, AlyxRefused, ""),
     ],
 )
@@ -687,6 +688,33 @@ def test_a_connection_lost_after_the_request_took_effect() -> None:
         found = list(client.pages("/sessions", {"date_range": "2024-05-01,2024-05-01"}))
         assert Breaks.left == 0
         assert len(found) == 1  # it was made, and made once
+
+
+def test_an_answer_that_comes_too_slowly_is_given_up() -> None:
+    time_s = [0.0]
+
+    def dribble() -> Iterator[bytes]:
+        while True:
+            assert time_s[0] < 1000  # else it never ends
+            time_s[0] += 50.0
+            yield b" "
+
+    fake = Fake(lambda _: httpx.Response(200, content=dribble()))
+    with fake.client(timeout_s=60.0, clock=lambda: time_s[0]) as client:
+        with pytest.raises(AlyxOdd, match="too slowly") as e:
+            client.post("/sessions", {})
+        assert e.value.unknown_outcome is True
+    assert 600 < time_s[0] < 700
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_login_that_fails_is_no_fault_of_what_was_asked(status: int) -> None:
+    fake = Fake(reply(status, {"detail": "no space left on device"}))
+    with fake.client(username="u", password="p", token=None) as client:
+        with pytest.raises(AlyxAway) as e:
+            client.post("/sessions", {})
+        assert type(e.value) is AlyxAway
+        assert e.value.unknown_outcome is False
 
 
 class Stalls:

@@ -55,10 +55,7 @@ def client(rig: Rig, answer: Answer) -> tuple[Between, RegistrationClient]:
     return between, RegistrationClient(alyx)
 
 
-def test_a_change_that_alyx_never_got_is_not_forgotten_when_the_file_is_touched(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("regd.worker.UNKNOWN_OUTCOME_S", 0.1)  # nothing is late here
+def test_a_change_that_alyx_never_got_is_not_forgotten_when_the_file_is_touched(rig: Rig) -> None:
     folder = rig.record()
     rig.scan().close()
     write(folder / FILE, b"never seen by Alyx")
@@ -67,7 +64,7 @@ def test_a_change_that_alyx_never_got_is_not_forgotten_when_the_file_is_touched(
         return httpx.Response(503) if request.url.path == "/register-file" else None
 
     with contextlib.suppress(TryLater):
-        rig.scan(client=client(rig, away)[1]).close()
+        rig.scan(client=client(rig, away)[1], arrives_s=0.1).close()  # nothing is late here
     os.utime(folder / FILE)
     with Journal(rig.journal().path, now=lambda: 0.0) as journal:
         journal.retry(None)

@@ -262,8 +262,31 @@ def test_recover_puts_back_what_was_in_work_with_a_doubt(journal: Journal, clock
     for number in (1, 2):
         row = row_of(journal, path_of(number))
         # what was sent for it may still be on its way
-        assert (row.state, row.due_at, row.doubt, row.eid) == (WAITING, 1115.0, True, "eid")
+        assert (row.state, row.due_at, row.doubt, row.eid) == (WAITING, 1175.0, True, "eid")
     assert row_of(journal, path_of(3)).due_at == 903.0
+
+
+def test_a_session_whose_creation_was_sent_is_known_as_such(journal: Journal, clock: Clock) -> None:
+    for number in (1, 2):
+        note(journal, path_of(number), due_at=900.0 + number)
+    (first, _) = (journal.claim(), journal.claim())
+    assert first
+    journal.set_creating(first.id, True)
+    assert row_of(journal).creating_at == 1000.0
+    journal.shift(50.0)
+    assert row_of(journal).creating_at == 1050.0
+    clock.now = 1010.0  # set back while nobody looked
+    journal.clamp(3600.0, 3600.0)
+    assert row_of(journal).creating_at == 1010.0
+    clock.now = 1100.0
+    assert journal.recover(60.0) == 2
+    rows = [row_of(journal, path_of(number)) for number in (1, 2)]
+    # of neither was a file sent: both are looked for at once
+    assert [row.due_at for row in rows] == [1100.0, 1100.0]
+    assert [row.creating_at for row in rows] == [1100.0, None]
+    journal.claim()
+    journal.identify(first.id, "eid", doubt=True)
+    assert row_of(journal).creating_at is None
 
 
 def test_retry_of_one_session(journal: Journal, clock: Clock) -> None:
@@ -467,9 +490,9 @@ class JournalMachine(RuleBasedStateMachine):
         working = [e for e in self.model.values() if e.state is WORKING]
         assert self.journal.recover() == len(working)
         for expected in working:
-            # none is known to be on Alyx: what was asked of it may be on its way
-            expected.not_before = self.clock.now + UNKNOWN_OUTCOME_S
-            expected.state, expected.due_at = WAITING, expected.not_before
+            # none is known to be on Alyx, so that no file was sent
+            expected.not_before = 0.0
+            expected.state, expected.due_at = WAITING, self.clock.now
 
     @invariant()
     def the_journal_is_as_the_rules_say(self) -> None:

@@ -18,7 +18,7 @@ PAGE = b"<!doctype html><html><body><form action=/login>Log in</form></body></ht
 HTML = {"Content-Type": "text/html"}
 JSON = {"Content-Type": "application/json"}
 STALL_S = 1.5
-LATE_S = 10.0
+LATE_S = 60.0
 
 # what answers in Alyx's place: status, headers, body
 ANSWERS: dict[str, tuple[int, dict[str, str], bytes]] = {

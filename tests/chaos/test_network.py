@@ -6,6 +6,7 @@ made up, so that its waits take none; the requests and what they do are real.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -16,12 +17,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from regd.errors import AlyxAway
 from regd.model import FileState, SessionState
+from regd.registration import RegistrationClient
 from regd.sandbox.server import Server
 from regd.service import Service
 from tests import chaos
 from tests.chaos import times
-from tests.chaos.proxy import FAULTS, Plan, Proxy
+from tests.chaos.proxy import FAULTS, LATE_S, Plan, Proxy
 from tests.conftest import INITIAL
 from tests.rig import DATASETS, Clock, Lab, Rig, md5, write
 
@@ -70,11 +73,18 @@ class Run:
     def flag(self) -> None:
         (self.rig.folder() / "create_me.flag").touch()
 
-    def finish(self, plan: Plan | None = None) -> int:
-        """Have regd start, scan and do all its work; return how many requests that took."""
+    def finish(self, plan: Plan | None = None, *, recover: bool = False) -> int:
+        """Have regd start, scan and do all its work; return how many requests that took.
+
+        Args:
+            plan: What the proxy fails on.
+            recover: Whether regd died before.
+        """
         before = len(self.proxy.asked)
         self.proxy.plan = lambda n, *what: plan(n - before, *what) if plan else None
         with self.rig.by_hand(self.clock) as service:
+            if recover:
+                service._recover()
             service.scanner.scan(self.clock())
             deadline = self.clock() + 6 * 3600
             while service.step() or is_left(service):
@@ -85,7 +95,7 @@ class Run:
                 assert row.state is SessionState.DONE, row
                 states = {r.state for r in service.journal.files(row.id).values()}
                 assert states <= {FileState.REGISTERED}
-        self.clock.sleep(60)
+        self.clock.sleep(LATE_S)
         self.proxy.deliver()  # the latest of all
         return len(self.proxy.asked) - before
 
@@ -219,6 +229,35 @@ def test_a_session_on_its_way_is_waited_for(then: str | None, alyx: Lab, tmp_pat
         return then if late and n <= late[0] + 6 else None
 
     disturbed(tmp_path, alyx, new, plan)
+
+
+class Dies(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("then", [None, "drop"])
+def test_a_session_on_its_way_when_regd_dies_is_not_created_again(
+    then: str | None, alyx: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RegistrationClient.create_session
+
+    def dies(*what: Any) -> None:
+        with contextlib.suppress(AlyxAway):
+            real(*what)
+        raise Dies
+
+    run = Run(tmp_path, alyx)
+    with run.proxy:
+        new(run)
+        run.proxy.plan = lambda _, *what: "late" if what == ("POST", "/sessions") else None
+        with run.rig.by_hand(run.clock) as service, monkeypatch.context() as patched:
+            patched.setattr(RegistrationClient, "create_session", dies)
+            service.scanner.scan(run.clock())
+            with pytest.raises(Dies):
+                service.step()
+        run.finish(lambda n, *_: then if n < 6 else None, recover=True)
+        run.check()
+    assert sum(what[:2] == ("POST", "/sessions") for what in run.proxy.asked) == 1
 
 
 def test_a_file_on_its_way_does_not_arrive_after_a_newer_one(alyx: Lab, tmp_path: Path) -> None:

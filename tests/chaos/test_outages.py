@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -25,8 +25,8 @@ import yaml
 
 import regd.sandbox.server
 from regd.alyx import AlyxClient
-from regd.errors import AlyxAway, Unauthorized
-from regd.model import SessionState
+from regd.errors import AlyxAway, AlyxOdd, Unauthorized
+from regd.model import SessionPath, SessionState
 from regd.registration import RegistrationClient
 from regd.sandbox.server import Server
 from regd.sandbox.store import hash_password
@@ -157,6 +157,155 @@ def test_what_several_workers_find_at_once_is_one_failure(rig: Rig) -> None:
             clock.sleep(wait_s)
             assert service.gate.take_probe()
             assert not service.gate.take_probe()
+
+
+# --- it answers, and takes nothing ---------------------------------------------------------------
+
+
+def no_writes(how: str) -> Callable[[int, str, str], str | None]:
+    return lambda _, method, path: how if path in WRITES and method == "POST" else None
+
+
+WRITES = ("/sessions", "/register-file")
+
+
+@pytest.mark.parametrize("how", ["503", "500 in JSON", "drop", "half a JSON"])
+def test_a_weekend_with_an_alyx_that_takes_nothing(
+    how: str, proxy: Proxy, lab: Lab, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    rig = Rig(tmp_path, lab, alyx=alyx_at(lab, proxy.url))
+    for number in (1, 2, 3, 4):
+        rig.record(number, names=TWO)
+    with rig.by_hand(clock) as service:
+        proxy.plan = no_writes(how)
+        service.scanner.scan(clock())
+        work(service, clock, 3)
+        assert service.gate.error is not None
+        assert "takes nothing" in service.gate.error.reason
+        for row in service.journal.sessions():
+            assert row.state == "waiting"
+            assert row.attempt <= 1
+        sent = [asked for asked in proxy.asked if asked[1] in WRITES and asked[0] == "POST"]
+        assert 60 < len(sent) < 200  # one session a minute tries
+        assert 3 <= len(said(caplog, "alyx.away")) <= 4
+        assert not said(caplog, "alyx.back")
+        proxy.plan = lambda *_: None
+        finish(service, clock)
+    assert len(said(caplog, "alyx.back")) == 1
+    assert not said(caplog, "session.parked")
+    assert [s["number"] for s in lab.sessions(rig.date)] == [1, 2, 3, 4]
+    assert all(set(rig.held(number)) == set(TWO) for number in (1, 2, 3, 4))
+
+
+def bad_files(monkeypatch: pytest.MonkeyPatch, *numbers: str, after_s: float | None = None) -> None:
+    """Have Alyx fail on the files of some sessions, while it works for all others."""
+    real = RegistrationClient.post_files
+
+    def post_files(self: RegistrationClient, session: SessionPath, *rest: Any, **more: Any) -> Any:
+        if session.number in numbers:
+            raise AlyxOdd("answered 503", after_s=after_s, unknown_outcome=True)
+        return real(self, session, *rest, **more)
+
+    monkeypatch.setattr(RegistrationClient, "post_files", post_files)
+
+
+@pytest.mark.parametrize("others", [0, 5])
+def test_one_session_that_alyx_fails_on_is_parked_and_is_no_outage(
+    others: int, rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    bad_files(monkeypatch, "001")
+    with rig.by_hand(clock) as service:
+        for number in range(1, others + 2):
+            rig.record(number, names=TWO)
+            service.scanner.scan(clock())
+            work(service, clock, 0.05)
+        finish(service, clock)
+        (parked,) = service.journal.sessions(SessionState.PARKED)
+    assert parked.folder.endswith("/001")
+    assert not said(caplog, "alyx.away")
+    assert all(set(rig.held(number)) == set(TWO) for number in range(2, others + 2))
+
+
+def test_a_good_session_gets_through_between_many_that_alyx_fails_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    bad_files(monkeypatch, "001", "002", "003", "004")
+    with rig.by_hand(clock) as service:
+        for number in (1, 2, 3, 4):
+            rig.record(number, names=TWO)
+        service.scanner.scan(clock())
+        work(service, clock, 0.5)
+        assert service.gate.error is not None
+        for number in (5, 6, 7, 8, 9, 10):
+            rig.record(number, names=TWO)
+            service.scanner.scan(clock())
+            work(service, clock, 0.3)
+            assert set(rig.held(number)) == set(TWO)
+        assert service.journal.sessions(SessionState.PARKED)
+
+
+@pytest.mark.parametrize(("after_s", "wait_s"), [(None, 75), (10.0, 75), (3600.0, 3600)])
+def test_the_longer_of_two_waits_holds(
+    after_s: float | None, wait_s: float, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    rig.record(names=TWO)
+    bad_files(monkeypatch, "001", after_s=after_s)
+    with rig.by_hand(clock) as service:
+        service.scanner.scan(clock())
+        service.step()
+        (row,) = service.journal.sessions()
+        assert row.attempt == 1
+        assert row.due_at - clock() == row.not_before - clock() == pytest.approx(wait_s, abs=1)
+
+
+def test_a_session_that_alyx_answers_oddly_about_is_parked_and_is_no_outage(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its time zone is not the rig's: asked for a day, it lists one of another."""
+    clock = Clock()
+    real = AlyxClient.pages
+
+    def pages(self: AlyxClient, path: str, *query: Any, **more: Any) -> Iterator[Any]:
+        if path != "/sessions" or query[0].get("number") != 1:
+            yield from real(self, path, *query, **more)
+            return
+        start = "1999-01-01T23:30:00"
+        yield {"id": "x", "url": "y", "subject": rig.lab.subject, "number": 1, "start_time": start}
+
+    monkeypatch.setattr(AlyxClient, "pages", pages)
+    rig.record(1, names=TWO)
+    rig.record(2, names=TWO)
+    with rig.by_hand(clock) as service:
+        service.scanner.scan(clock())
+        finish(service, clock)
+        (parked,) = service.journal.sessions(SessionState.PARKED)
+    assert "others than were asked for" in (parked.reason or "")
+    assert not said(caplog, "alyx.away")
+
+
+def test_an_outage_does_not_hurry_the_looks_for_a_held_session(
+    proxy: Proxy, lab: Lab, tmp_path: Path
+) -> None:
+    clock = Clock()
+    rig = Rig(tmp_path, lab, alyx=alyx_at(lab, proxy.url))
+    rig.record(flag=False, names=TWO)
+    with rig.by_hand(clock) as service:
+        service.scanner.scan(clock())
+        for _ in range(4):
+            while not service.step():
+                clock.sleep(30)
+        looked = service.journal.sessions()[0].looked
+        assert looked > 2
+        proxy.plan = lambda *_: "drop"
+        while service.gate.error is None:
+            clock.sleep(30)
+            service.step()
+        assert service.journal.sessions()[0].looked == looked
+        proxy.plan = lambda *_: None
 
 
 # --- a rush on its return ------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from typing import Any
 import httpx
 import pytest  # noqa: F401 - a child imports the main module, which is pytest's
 
-from regd import files, journal, logs, service, worker
+from regd import files, logs, service
 from regd.alyx import AlyxClient
 from regd.journal import FILE_NAME
 from regd.model import SessionState
@@ -47,7 +47,7 @@ from regd.settings import Settings
 from tests.rig import until
 
 TODAY = datetime.date(2026, 2, 3)
-UNKNOWN_OUTCOME_S = 0.2  # instead of 15 s: the sandbox answers within milliseconds
+UNKNOWN_OUTCOME_S = 0.2  # instead of 75 s: the sandbox answers within milliseconds
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
 _TICK_S = 0.05  # how soon a daemon sees that it is asked for a scan, instead of 1 s
 _IDLE_S = 0.02
@@ -405,7 +405,6 @@ def _live(settings: Settings, plan: Plan, report: Path, finish: Connection | Non
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     logs.configure(format="json", stream=sys.stderr)
-    journal.UNKNOWN_OUTCOME_S = worker.UNKNOWN_OUTCOME_S = plan.unknown_outcome_s
     service._TICK_S = _TICK_S
     settings = settings.model_copy(update={"workers": plan.workers})
     effects = Effects(plan, report, settings.state_dir / f"{FILE_NAME}-wal")
@@ -414,7 +413,10 @@ def _live(settings: Settings, plan: Plan, report: Path, finish: Connection | Non
     alyx = AlyxClient.from_settings(settings, transport=network)
     client = RegistrationClient(alyx, chunk_files=settings.register.chunk_files)
     stop = threading.Event()
-    with lock(settings.state_dir), Service(settings, stop, client=client) as regd:
+    with (
+        lock(settings.state_dir),
+        Service(settings, stop, client=client, arrives_s=plan.unknown_outcome_s) as regd,
+    ):
         regd.worker.today = lambda: TODAY
         if finish is None:
             regd.run_once(everything=False)
