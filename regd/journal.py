@@ -550,7 +550,8 @@ class Journal:
                 {"now": self._now()},
             )
             return db.execute(
-                "UPDATE session SET due_at = :soon, not_before = min(not_before, :soon)"
+                "UPDATE session SET due_at = max(:now, min(not_before, :soon)),"
+                " not_before = min(not_before, :soon)"
                 " WHERE state IN ('waiting', 'held')"
                 " AND due_at > :now + CASE state WHEN 'held' THEN :held ELSE :waiting END",
                 {
