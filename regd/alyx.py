@@ -407,6 +407,21 @@ class AlyxClient:
         json: Mapping[str, Any] | None,
     ) -> Any:
         login = self._login
+        try:
+            return self._once_as(login, method, path, params, json)
+        except Unauthorized:
+            if login is self._login:
+                raise
+        return self._once_as(self._login, method, path, params, json)  # mended meanwhile
+
+    def _once_as(
+        self,
+        login: _Login,
+        method: str,
+        path: str,
+        params: Params | None,
+        json: Mapping[str, Any] | None,
+    ) -> Any:
         token = self._log_in(login, refused=None)
         try:
             return _read(self._send(method, path, params=params, json=json, token=token))
@@ -613,6 +628,9 @@ def _missing_session(where: str, text: str) -> Exception | None:
     if re.match(r"A (base )?session for", text):
         hint = "create the session on Alyx: put a flag file in its folder"
         return SessionNotFound(f"{where}: {text}", hint=hint)
+    if "/datasets" in where and "session: Select a valid choice" in text:
+        hint = "was it deleted there, or a database restored? Put a flag file in its folder"
+        return SessionNotFound(f"{where}: Alyx no longer has this session", hint=hint)
     if text.startswith("Subject matching query does not exist"):
         return SubjectNotFound(
             f"{where}: {text}", hint="create the subject on Alyx, or rename its folder"

@@ -515,7 +515,9 @@ class Journal:
                     -- without a UUID none was, and its creation is waited for where it is asked for
                     not_before = iif(eid IS NULL, 0, :now + :arrives_s),
                     due_at = iif(eid IS NULL, :now, :now + :arrives_s),
-                    creating_at = iif(creating_at IS NULL, NULL, :now)
+                    creating_at = iif(creating_at IS NULL, NULL, :now),
+                    reason = iif(eid IS NULL, reason,
+                                 'regd ended while at it, and what it sent may still arrive')
                 WHERE state = 'working'
                 """,
                 {"now": self._now(), "arrives_s": arrives_s},

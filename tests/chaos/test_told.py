@@ -193,3 +193,16 @@ def test_one_fault_is_one_alarm(rig: Rig, caplog: pytest.LogCaptureFixture) -> N
         service.journal.retry(session)
         work(service)
         assert alarms() == 2
+
+
+def test_a_change_in_a_session_that_alyx_no_longer_has_holds_it(rig: Rig, sandbox: Server) -> None:
+    folder = rig.record()
+    rig.scan().close()
+    sandbox.store.delete("session", rig.eid())
+    write(folder / DATASETS[0], b"changed")
+    with rig.scan() as journal:
+        (row,) = journal.sessions()
+    assert "no longer has this session" in (row.reason or "")
+    (folder / rig.settings.flag).touch()
+    rig.scan().close()
+    assert set(rig.held()) == set(DATASETS)
