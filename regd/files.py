@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from hashlib import blake2b
 from io import FileIO
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
@@ -198,25 +199,35 @@ def open_file(root: Path, relative: str) -> Iterator[FileIO]:
     """
     folder, _, name = relative.rpartition("/")
     with open_folder(root, folder) as descriptor:
-        number = os.open(name, _FILE, dir_fd=descriptor)
+        file = _open_in(descriptor, name)
+    with file:
+        yield file
+
+
+def _open_in(folder: int, name: str) -> FileIO:
+    """Open the regular file `name` in an open folder for reading."""
+    number = os.open(name, _FILE, dir_fd=folder)
     if not S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise OSError(errno.EINVAL, "not a regular file", relative)
-    with FileIO(number) as file:
-        yield file
+        raise OSError(errno.EINVAL, "not a regular file", name)
+    return FileIO(number)
 
 
 def signature(root: Path, relative: str) -> Signature | None:
     """Return the signature of a regular file below `root`, or None if there is none."""
+    status = _status(root, relative)
+    if status is None or not S_ISREG(status.st_mode):
+        return None
+    return signature_of(status)
+
+
+def _status(root: Path, relative: str) -> os.stat_result | None:
     folder, _, name = relative.rpartition("/")
     try:
         with open_folder(root, folder) as descriptor:
-            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            return os.stat(name, dir_fd=descriptor, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not S_ISREG(status.st_mode):
-        return None
-    return signature_of(status)
 
 
 class _Stoppable:
@@ -240,7 +251,10 @@ def is_open_for_writing(file: FileIO) -> bool | None:
 
     The kernel grants a read lease only where nobody can write, to the file's owner or with
     CAP_LEASE. It is given back at once: a program that opens the file for writing in between waits
-    that long, a microsecond. See "Leases" in fcntl(2).
+    that long, a microsecond. Where just then the whole process gets no turn (busier programs, a
+    frozen cgroup, SIGSTOP), it waits until there is one, or until the kernel takes the lease, after
+    /proc/sys/fs/lease-break-time (45 s); with O_NONBLOCK it gets EWOULDBLOCK. See "Leases" in
+    fcntl(2).
 
     Args:
         file: Open for reading only.
@@ -309,6 +323,34 @@ def _check_finished(file: FileIO, expected: Signature, relative: str) -> os.stat
     if is_open_for_writing(file):
         raise FileHeld(f"{relative} is open for writing")
     return _check_signature(file, expected, relative)
+
+
+def check_finished(root: Path, relative: str, expected: Signature) -> None:
+    """Raise if a file that was finished is so no longer; much cheaper than reading it.
+
+    Raises:
+        FileChanged: It is not `expected`, or is gone.
+        FileHeld: A program has it open for writing.
+        OSError: It cannot be opened.
+    """
+    folder, _, name = relative.rpartition("/")
+    try:
+        with open_folder(root, folder) as descriptor:
+            _check_in(descriptor, name, expected)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileChanged(f"{relative} is gone") from None
+
+
+def _check_in(folder: int, name: str, expected: Signature) -> None:
+    """Raise if a file in an open folder is not `expected`, or is open for writing."""
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if not S_ISREG(status.st_mode) or signature_of(status) != expected:
+        raise FileChanged(f"{name} was written to meanwhile")
+    try:
+        with _open_in(folder, name) as file:
+            _check_finished(file, expected, name)
+    except BlockingIOError:  # see `open_finished`
+        raise FileHeld(f"{name} is open for writing") from None
 
 
 def md5(root: Path, relative: str, expected: Signature, stop: threading.Event) -> str:
@@ -385,7 +427,9 @@ def _check_signature(file: Any, expected: Signature, relative: str) -> os.stat_r
     return status
 
 
-def move(root: Path, folder: str, source: str, target: str) -> None:
+def move(
+    root: Path, folder: str, source: str, target: str, expected: Signature | None = None
+) -> None:
     """Move a file within `folder`, never over another one; both folders reach the disk.
 
     Args:
@@ -393,9 +437,14 @@ def move(root: Path, folder: str, source: str, target: str) -> None:
         folder: A session folder below it.
         source: The file's path below `folder`.
         target: Its new path below `folder`; the last folder of it is made if it is missing.
+        expected: What the file must be, and finished, in the moment it is moved: a program that
+            has it open would go on writing at `target`, and begin another file at `source`. None
+            if that does not matter.
 
     Raises:
-        PathTaken: `target` exists.
+        FileChanged: It is not `expected`; nothing was moved.
+        FileHeld: A program has it open for writing; nothing was moved.
+        PathTaken: `target` exists, or what took the file's place meanwhile has no place any more.
         FileNotFoundError: `source` does not.
         NeedsHuman: The file system can move nothing without the risk of overwriting.
         OSError: The disk refuses.
@@ -412,7 +461,9 @@ def move(root: Path, folder: str, source: str, target: str) -> None:
         open_folder(root, f"{folder}/{target_folder}") as to_fd,
     ):
         try:
-            rename_noreplace(from_fd, name, to_fd, new_name)
+            rename_noreplace(from_fd, name, to_fd, new_name, expected)
+        except PathTaken:
+            raise
         except FileExistsError:
             raise PathTaken(
                 f"{folder}/{target} exists already, so {source} was not moved there",
@@ -422,21 +473,35 @@ def move(root: Path, folder: str, source: str, target: str) -> None:
         os.fsync(from_fd)
 
 
-def rename_noreplace(from_fd: int, name: str, to_fd: int, new_name: str) -> None:
-    """Rename as `renameat2` with RENAME_NOREPLACE does, by link and unlink where it is missing."""
+def rename_noreplace(
+    from_fd: int, name: str, to_fd: int, new_name: str, expected: Signature | None = None
+) -> None:
+    """Rename as `renameat2` with RENAME_NOREPLACE does, by link and unlink where it is missing.
+
+    Args:
+        from_fd: The open folder of the file.
+        name: Its name there.
+        to_fd: The open folder that it goes to.
+        new_name: Its name there.
+        expected: As for `move`.
+    """
+    if expected is not None:
+        _check_in(from_fd, name, expected)
     old, new = os.fsencode(name), os.fsencode(new_name)
     renameat2 = getattr(_libc, "renameat2", None)  # glibc has it since 2.28
     if renameat2 is None:
-        return _link_and_unlink(from_fd, name, to_fd, new_name)
+        return _link_and_unlink(from_fd, name, to_fd, new_name, expected)
     if renameat2(from_fd, old, to_fd, new, _RENAME_NOREPLACE) == 0:
         return None
     code = ctypes.get_errno()
     if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
         raise OSError(code, os.strerror(code), name)
-    return _link_and_unlink(from_fd, name, to_fd, new_name)
+    return _link_and_unlink(from_fd, name, to_fd, new_name, expected)
 
 
-def _link_and_unlink(from_fd: int, name: str, to_fd: int, new_name: str) -> None:
+def _link_and_unlink(
+    from_fd: int, name: str, to_fd: int, new_name: str, expected: Signature | None
+) -> None:
     try:
         os.link(name, new_name, src_dir_fd=from_fd, dst_dir_fd=to_fd, follow_symlinks=False)
     except OSError as error:
@@ -446,11 +511,77 @@ def _link_and_unlink(from_fd: int, name: str, to_fd: int, new_name: str) -> None
                 hint="keep data_root on a file system that has hard links, such as ext4 or XFS",
             ) from None
         raise
+    new = os.stat(new_name, dir_fd=to_fd, follow_symlinks=False)
+    _keep_new_name(from_fd, name, to_fd, new_name, new, expected)
+
+
+def _keep_new_name(
+    from_fd: int,
+    name: str,
+    to_fd: int,
+    new_name: str,
+    new: os.stat_result,
+    expected: Signature | None,
+) -> None:
+    """Drop the old name of a file that has two; the new one instead if it is not `expected`."""
     os.fsync(to_fd)  # the new name is on the disk before the old one goes
-    old = os.stat(name, dir_fd=from_fd, follow_symlinks=False)
-    if os.path.samestat(old, os.stat(new_name, dir_fd=to_fd, follow_symlinks=False)):
-        os.unlink(name, dir_fd=from_fd)
-    # else somebody has saved another file under the old name meanwhile: it stays
+    if expected is not None:  # that took its time
+        try:
+            _check_in(from_fd, name, expected)
+        except (FileChanged, FileNotFoundError):
+            old = _status_in(from_fd, name)
+            if old is not None and os.path.samestat(old, new):
+                os.fsync(from_fd)
+                _drop_name(to_fd, new_name, new)
+                raise
+            # else another file was saved under the old name meanwhile: this one has moved
+    _drop_name(from_fd, name, new)
+
+
+def _status_in(folder: int, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def moving_name(path: str) -> str:
+    """Return the path that a file has for a moment where a move has to drop the old one."""
+    folder, slash, name = path.rpartition("/")
+    # of any name, however long, and of no dataset type
+    return f"{folder}{slash}.regd-moving-{blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
+
+
+def _drop_name(folder: int, name: str, file: os.stat_result) -> None:
+    """Remove a name from a folder if it is one of `file`, whatever is saved under it meanwhile.
+
+    No call removes a name only if it is that of a certain file, but a rename takes whatever the
+    name is of, and then there is time to look.
+    """
+    _end_drop(folder, name, file)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(name, moving_name(name), src_dir_fd=folder, dst_dir_fd=folder)
+        _end_drop(folder, name, file)
+
+
+def _end_drop(folder: int, name: str, file: os.stat_result | None) -> None:
+    """Remove what `_drop_name` has renamed if it is `file`, or else put it back."""
+    moving = moving_name(name)
+    taken = _status_in(folder, moving)
+    if taken is None:
+        return
+    if file is None or not os.path.samestat(taken, file):
+        try:
+            os.link(moving, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except FileExistsError:
+            there = _status_in(folder, name)
+            if there is None or not os.path.samestat(there, taken):  # else it was put back already
+                raise PathTaken(
+                    f"{name} was saved twice while it was moved; the first of them is {moving} now",
+                    hint="compare the two files, keep both, then: regd retry --all",
+                ) from None
+        os.fsync(folder)
+    os.unlink(moving, dir_fd=folder)
 
 
 def remove_flag(root: Path, folder: str, flag: str) -> bool:
@@ -468,22 +599,27 @@ def remove_flag(root: Path, folder: str, flag: str) -> bool:
     return True
 
 
-def drop_second_name(root: Path, folder: str, old: str, new: str) -> None:
-    """Remove `old` if it is the same file as `new`: a move that a crash left half done."""
-    old_folder, _, old_name = old.rpartition("/")
-    new_folder, _, new_name = new.rpartition("/")
-    with (
-        open_folder(root, f"{folder}/{old_folder}") as old_fd,
-        open_folder(root, f"{folder}/{new_folder}") as new_fd,
-    ):
-        try:
-            first = os.stat(old_name, dir_fd=old_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        # with a single link the two names are two spellings of it, and it must stay
-        if first.st_nlink > 1 and os.path.samestat(
-            first, os.stat(new_name, dir_fd=new_fd, follow_symlinks=False)
-        ):
-            os.fsync(new_fd)
-            os.unlink(old_name, dir_fd=old_fd)
-            os.fsync(old_fd)
+def mend_move(root: Path, folder: str, source: str, target: str, expected: Signature) -> None:
+    """Leave one name to a file whose move a crash left half done; do nothing if it has one.
+
+    Raises:
+        FileChanged: It is not `expected`, and is at `source` alone again.
+        FileHeld: A program has it open for writing; it is at `source` alone again.
+        PathTaken: What took its place meanwhile has no place any more.
+        OSError: The disk refuses.
+    """
+    old_folder, _, old_name = source.rpartition("/")
+    new_folder, _, new_name = target.rpartition("/")
+    new = _status(root, f"{folder}/{target}")
+    try:
+        with open_folder(root, f"{folder}/{old_folder}") as old_fd:
+            _end_drop(old_fd, old_name, new)
+            old = _status_in(old_fd, old_name)
+            # with a single link the two names are two spellings of it, and it must stay
+            if old is None or new is None or old.st_nlink == 1 or not os.path.samestat(old, new):
+                return
+            with open_folder(root, f"{folder}/{new_folder}") as new_fd:
+                _keep_new_name(old_fd, old_name, new_fd, new_name, new, expected)
+                os.fsync(old_fd)
+    except (FileNotFoundError, NotADirectoryError):
+        return  # a folder went away, and with it one of the names

@@ -401,7 +401,8 @@ class Worker:
         unfinished = [
             r.path
             for r in self.journal.files(row.id).values()
-            if r.state is not FileState.REGISTERED
+            # a move may be half done, and its folder come back
+            if r.state not in (FileState.REGISTERED, FileState.PLACING)
         ]
         self.journal.write_files(row.id, [], unfinished)
         return _Next(SessionState.DONE, reason="its folder is no longer there")
@@ -500,8 +501,13 @@ class Worker:
         """
         self._finish_moves(row, blocked)
         known = self.journal.files(row.id)
-        # a move that the disk has not let end yet: neither end of it is a new file
-        moving = {end for r in known.values() if r.move_to for end in (r.path, r.move_to)}
+        # a move that the disk has not let end yet: none of its names is a new file
+        moving = {
+            end
+            for r in known.values()
+            if r.move_to
+            for end in (r.path, r.move_to, files.moving_name(r.path))
+        }
         seen: set[str] = set()
         rows: list[FileRow] = []
         wait_s: float | None = None
@@ -624,16 +630,21 @@ class Worker:
             if old.state is not FileState.PLACING or old.move_to is None:
                 continue
             try:
+                files.mend_move(self.root, row.folder, old.path, old.move_to, old.signature)
                 source = files.signature(self.root, f"{row.folder}/{old.path}")
                 target = files.signature(self.root, f"{row.folder}/{old.move_to}")
                 if target == old.signature:
-                    files.drop_second_name(self.root, row.folder, old.path, old.move_to)
                     self._moved(row, old)
                 elif source == old.signature and target is None:
                     self._move(row, old, blocked)
                 else:
                     # changed meanwhile, or the name was taken: look at it afresh
                     self.journal.write_files(row.id, [], [old.path])
+            except FileChanged:
+                self._unsettle(row, old)
+            except PathTaken as error:  # all that is there are files of their own now
+                self.journal.write_files(row.id, [], [old.path])
+                blocked[old.path] = TryLater(error.reason, hint=error.hint)
             except OSError as error:
                 kept = _block(old, _of_disk(error, old.path, "write"), blocked)
                 self.journal.write_files(row.id, [kept])
@@ -718,20 +729,24 @@ class Worker:
         return True
 
     def _unwritten(self, row: SessionRow, chunk: list[FileRow], blocked: _Blocked) -> list[FileRow]:
-        """Return the files that are still what was hashed; the others settle again."""
+        """Return the files that are still what was hashed, and finished; others settle again."""
         same = []
         for r in chunk:
             try:
-                found = files.signature(self.root, f"{row.folder}/{r.path}")
+                files.check_finished(self.root, f"{row.folder}/{r.path}", r.signature)
+            except FileChanged:
+                self._unsettle(row, r)
             except OSError as error:
                 kept = _block(r, _of_disk(error, r.path, "read"), blocked)
                 self.journal.write_files(row.id, [kept])
-                continue
-            if found == r.signature:
-                same.append(r)
             else:
-                self.journal.write_files(row.id, [replace(r, state=FileState.SETTLING)])
+                same.append(r)
         return same
+
+    def _unsettle(self, row: SessionRow, r: FileRow) -> None:
+        """Have a file settle again that was finished when it was hashed."""
+        again = replace(r, state=FileState.SETTLING, move_to=None, first_seen_at=self.now())
+        self.journal.write_files(row.id, [again])
 
     def _post(
         self, row: SessionRow, session: SessionPath, rows: Sequence[FileRow], *, checked: bool
@@ -801,6 +816,7 @@ class Worker:
             except OSError as error:
                 kept = _block(r, _of_disk(error, r.path, "write"), blocked)
                 self.journal.write_files(row.id, [kept])
+        placed = self._unwritten(row, placed, blocked)
         if not placed:
             return True
         try:
@@ -815,7 +831,12 @@ class Worker:
         """Do a move that the journal has; None if the file could not be moved."""
         assert intent.move_to is not None
         try:
-            files.move(self.root, row.folder, intent.path, intent.move_to)
+            files.move(
+                self.root, row.folder, intent.path, intent.move_to, expected=intent.signature
+            )
+        except FileChanged:
+            self._unsettle(row, intent)
+            return None
         except PathTaken as error:
             taken = TryLater(error.reason, hint=error.hint)
             kept = _block(replace(intent, state=FileState.READY, move_to=None), taken, blocked)

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -543,7 +543,8 @@ def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
         ctypes.set_errno(errno.EINVAL)
         return -1
 
-    monkeypatch.setattr(files, "_libc", SimpleNamespace(renameat2=renameat2))
+    libc = SimpleNamespace(renameat2=renameat2, fstatfs=files._libc.fstatfs)
+    monkeypatch.setattr(files, "_libc", libc)
 
 
 @pytest.fixture(params=["renameat2", "link"])
@@ -731,59 +732,270 @@ def test_a_c_library_without_renameat2(tmp_path: Path, monkeypatch: pytest.Monke
     assert tree(tmp_path / SESSION) == {"alf/#r#/a.npy": b"data"}
 
 
+OLD, NEW = "alf/a.npy", "alf/#r#/a.npy"
+MOVING = files.moving_name(OLD)
+
+
+@pytest.mark.usefixtures("either_way")
+class TestMoveOfFinished:
+    """What holds of a move that is told what the file must be."""
+
+    def test_as_it_was(self, tmp_path: Path) -> None:
+        path = put(tmp_path / SESSION, OLD, b"data")
+        before = open_descriptors()
+        files.move(tmp_path, SESSION, OLD, NEW, signature_of(path))
+        assert tree(tmp_path / SESSION) == {NEW: b"data"}
+        assert open_descriptors() == before
+
+    def test_open_for_writing(self, tmp_path: Path) -> None:
+        path = put(tmp_path / SESSION, OLD, b"data")
+        with path.open("ab"), pytest.raises(FileHeld):
+            files.move(tmp_path, SESSION, OLD, NEW, signature_of(path))
+        assert tree(tmp_path / SESSION) == {OLD: b"data"}
+
+    @pytest.mark.parametrize("kind", ["longer", "folder", "link", "pipe"])
+    def test_no_longer_what_it_was(self, tmp_path: Path, kind: str) -> None:
+        path = put(tmp_path / SESSION, OLD, b"data")
+        was = signature_of(path)
+        path.unlink()
+        match kind:
+            case "longer":
+                path.write_bytes(b"data and more")
+            case "folder":
+                path.mkdir()
+            case "link":
+                path.symlink_to(put(tmp_path, "elsewhere", b"data"))
+            case "pipe":
+                os.mkfifo(path)
+        with pytest.raises(FileChanged):
+            files.move(tmp_path, SESSION, OLD, NEW, was)
+        assert os.path.lexists(path)
+        assert not (tmp_path / SESSION / NEW).exists()
+
+    def test_opened_while_the_folder_is_made(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = put(tmp_path / SESSION, OLD, b"data")
+        was, writers = signature_of(path), []
+        real = os.fsync
+
+        def fsync(descriptor: int) -> None:  # takes seconds on a slow disk
+            writers.append(path.open("ab"))
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(FileHeld):
+            files.move(tmp_path, SESSION, OLD, NEW, was)
+        assert tree(tmp_path / SESSION) == {OLD: b"data"}
+        for writer in writers:
+            writer.close()
+
+
+def test_check_finished(tmp_path: Path) -> None:
+    path = put(tmp_path, "s/a", b"data")
+    was = signature_of(path)
+    before = open_descriptors()
+    files.check_finished(tmp_path, "s/a", was)
+    with path.open("ab"), pytest.raises(FileHeld):
+        files.check_finished(tmp_path, "s/a", was)
+    with pytest.raises(FileChanged):
+        files.check_finished(tmp_path, "s/a", Signature(was.size, was.mtime_ns + 1))
+    for gone in ("s/b", "t/a", "s/a/b"):
+        with pytest.raises(FileChanged):
+            files.check_finished(tmp_path, gone, was)
+    assert open_descriptors() == before
+
+
+# --- moving by link ------------------------------------------------------------------------------
+
+
+def mend(root: Path, target: str = NEW, was: Signature | None = None) -> None:
+    files.mend_move(root, SESSION, OLD, target, was or signature_of(root / SESSION / NEW))
+
+
+def halfway(root: Path) -> Path:
+    """Leave a file as a crash does between link and unlink; return its old path."""
+    old = put(root / SESSION, OLD, b"data")
+    (root / SESSION / NEW).parent.mkdir()
+    (root / SESSION / NEW).hardlink_to(old)
+    return old
+
+
+def save(path: Path, content: bytes) -> None:
+    """Save a file as most tools do."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def after(monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], Any]) -> None:
+    """Have `act` done once after the next call of a function of `os`."""
+    real = getattr(os, name)
+
+    def instead(*args: Any, **more: Any) -> None:
+        monkeypatch.setattr(os, name, real)
+        real(*args, **more)
+        act()
+
+    monkeypatch.setattr(os, name, instead)
+
+
 @pytest.mark.usefixtures("no_renameat2")
-def test_a_crash_between_link_and_unlink_loses_nothing_and_is_mended(
+@pytest.mark.parametrize(
+    ("last", "left"),
+    [
+        ("rename", {OLD: b"data", NEW: b"data"}),
+        ("unlink", {MOVING: b"data", NEW: b"data"}),
+    ],
+)
+def test_a_crash_in_a_move_by_link_loses_nothing_and_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str, left: dict[str, bytes]
+) -> None:
+    was = signature_of(put(tmp_path / SESSION, OLD, b"data"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, last, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            files.move(tmp_path, SESSION, OLD, NEW, was)
+    assert tree(tmp_path / SESSION) == left
+    for _ in range(2):
+        mend(tmp_path)
+        assert tree(tmp_path / SESSION) == {NEW: b"data"}
+
+
+@pytest.mark.usefixtures("no_renameat2")
+def test_who_opens_a_file_while_its_new_name_reaches_the_disk_keeps_it_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(tmp_path / SESSION, "alf/a.npy", b"data")
+    path = put(tmp_path / SESSION, OLD, b"data")
+    was, writers = signature_of(path), []
+    after(monkeypatch, "link", lambda: writers.append(path.open("ab")))
+    with pytest.raises(FileHeld):
+        files.move(tmp_path, SESSION, OLD, NEW, was)
+    assert tree(tmp_path / SESSION) == {OLD: b"data"}
+    writers[0].close()
+
+
+def test_a_half_done_move_of_a_file_that_is_written_to_is_undone(tmp_path: Path) -> None:
+    old = halfway(tmp_path)
+    was = signature_of(old)
+    with old.open("ab", buffering=0) as writer:
+        with pytest.raises(FileHeld):
+            mend(tmp_path, was=was)
+        assert tree(tmp_path / SESSION) == {OLD: b"data"}
+        writer.write(b" and more")
+    (tmp_path / SESSION / NEW).hardlink_to(old)
+    with pytest.raises(FileChanged):
+        mend(tmp_path, was=was)
+    assert tree(tmp_path / SESSION) == {OLD: b"data and more"}
+
+
+@pytest.mark.parametrize("moment", ["fsync", "link"])
+@pytest.mark.usefixtures("no_renameat2")
+def test_what_is_saved_under_the_old_name_during_a_move_by_link_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path = put(tmp_path / SESSION, OLD, b"data")
+    (tmp_path / SESSION / NEW).parent.mkdir()
+    after(monkeypatch, "link", lambda: after(monkeypatch, "fsync", lambda: save(path, b"news")))
+    if moment == "link":
+        after(monkeypatch, "link", lambda: save(path, b"news"))
+    files.move(tmp_path, SESSION, OLD, NEW, signature_of(path))
+    assert tree(tmp_path / SESSION) == {OLD: b"news", NEW: b"data"}
+
+
+@pytest.mark.parametrize("moment", ["fsync", "rename"])
+def test_what_is_saved_under_the_old_name_while_a_crash_is_mended_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    old = halfway(tmp_path)
+    after(monkeypatch, moment, lambda: save(old, b"news"))
+    mend(tmp_path)
+    assert tree(tmp_path / SESSION) == {OLD: b"news", NEW: b"data"}
+
+
+def saved_in_the_last_moment(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Have a file saved between the last look at its name and what is done to the name."""
+    real = os.rename
+
+    def rename(*args: Any, **more: Any) -> None:
+        monkeypatch.setattr(os, "rename", real)
+        save(path, b"news")
+        real(*args, **more)
+
+    monkeypatch.setattr(os, "rename", rename)
+
+
+@pytest.mark.parametrize("last", [None, "link", "unlink"])
+def test_what_is_saved_in_the_last_moment_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str | None
+) -> None:
+    old = halfway(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            files.move(tmp_path, SESSION, "alf/a.npy", "alf/#r#/a.npy")
-    assert tree(tmp_path / SESSION) == {"alf/a.npy": b"data", "alf/#r#/a.npy": b"data"}
-    files.drop_second_name(tmp_path, SESSION, "alf/a.npy", "alf/#r#/a.npy")
-    assert tree(tmp_path / SESSION) == {"alf/#r#/a.npy": b"data"}
-    files.drop_second_name(tmp_path, SESSION, "alf/a.npy", "alf/#r#/a.npy")
+        saved_in_the_last_moment(patch, old)
+        if last is not None:  # a crash before that
+            patch.setattr(os, last, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) if last else nullcontext():
+            mend(tmp_path)
+        assert last is None or (tmp_path / SESSION / MOVING).read_bytes() == b"news"
+    mend(tmp_path)
+    assert tree(tmp_path / SESSION) == {OLD: b"news", NEW: b"data"}
 
 
-# --- the rest ------------------------------------------------------------------------------------
+def test_what_is_saved_twice_in_the_last_moment_is_all_there_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = halfway(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_end_drop", lambda *_: None)
+        saved_in_the_last_moment(patch, old)
+        mend(tmp_path)
+    save(old, b"later news")
+    for _ in range(2):
+        with pytest.raises(PathTaken) as caught:
+            mend(tmp_path)
+        assert MOVING.rpartition("/")[2] in caught.value.reason
+        assert caught.value.hint
+    everything = {OLD: b"later news", MOVING: b"news", NEW: b"data"}
+    assert tree(tmp_path / SESSION) == everything
+
+
+def test_what_was_taken_goes_back_even_where_the_new_folder_is_gone(tmp_path: Path) -> None:
+    was = signature_of(put(tmp_path / SESSION, MOVING, b"data"))
+    mend(tmp_path, was=was)
+    assert tree(tmp_path / SESSION) == {OLD: b"data"}
 
 
 def test_a_second_name_is_dropped_only_if_it_is_the_same_file(tmp_path: Path) -> None:
-    put(tmp_path / SESSION, "alf/a.npy", b"data")
-    put(tmp_path / SESSION, "alf/#r#/a.npy", b"data")
-    files.drop_second_name(tmp_path, SESSION, "alf/a.npy", "alf/#r#/a.npy")
+    put(tmp_path / SESSION, OLD, b"data")
+    put(tmp_path / SESSION, NEW, b"data")
+    mend(tmp_path)
     assert len(tree(tmp_path / SESSION)) == 2
 
 
 def test_a_link_to_the_file_is_no_second_name(tmp_path: Path) -> None:
-    put(tmp_path / SESSION, "alf/#r#/a.npy", b"data")
-    (tmp_path / SESSION / "alf/a.npy").symlink_to("#r#/a.npy")
-    files.drop_second_name(tmp_path, SESSION, "alf/a.npy", "alf/#r#/a.npy")
-    assert (tmp_path / SESSION / "alf/a.npy").is_symlink()
+    put(tmp_path / SESSION, NEW, b"data")
+    (tmp_path / SESSION / OLD).symlink_to("#r#/a.npy")
+    mend(tmp_path)
+    assert (tmp_path / SESSION / OLD).is_symlink()
 
 
 def test_a_file_with_a_single_name_keeps_it(tmp_path: Path) -> None:
-    put(tmp_path / SESSION, "alf/a.npy", b"data")
-    (tmp_path / SESSION / "alf/#r#").mkdir()
-    files.drop_second_name(tmp_path, SESSION, "alf/a.npy", "alf/#r#/a.npy")
-    assert tree(tmp_path / SESSION) == {"alf/a.npy": b"data"}
-
-
-def test_no_second_name_is_dropped_where_the_first_is_missing(tmp_path: Path) -> None:
-    path = put(tmp_path / SESSION, "alf/a.npy", b"data")
+    path = put(tmp_path / SESSION, OLD, b"data")
+    mend(tmp_path, was=signature_of(path))
+    (tmp_path / SESSION / NEW).parent.mkdir()
     (tmp_path / "elsewhere").hardlink_to(path)  # it has another name, but not that one
-    (tmp_path / SESSION / "alf/#r#").mkdir()
-    with pytest.raises(FileNotFoundError):
-        files.drop_second_name(tmp_path, SESSION, "alf/a.npy", "alf/#r#/a.npy")
-    assert tree(tmp_path / SESSION) == {"alf/a.npy": b"data"}
+    mend(tmp_path, was=signature_of(path))
+    assert tree(tmp_path / SESSION) == {OLD: b"data"}
 
 
 def test_the_last_name_of_a_file_is_never_dropped(tmp_path: Path) -> None:
     # as on a disk that takes #R# and #r# for the same folder
-    put(tmp_path / SESSION, "alf/a.npy", b"data")
-    files.drop_second_name(tmp_path, SESSION, "alf/a.npy", "alf//a.npy")
-    assert tree(tmp_path / SESSION) == {"alf/a.npy": b"data"}
+    path = put(tmp_path / SESSION, OLD, b"data")
+    mend(tmp_path, "alf//a.npy", signature_of(path))
+    assert tree(tmp_path / SESSION) == {OLD: b"data"}
+
+
+# --- the rest ------------------------------------------------------------------------------------
 
 
 def test_remove_flag(tmp_path: Path) -> None:

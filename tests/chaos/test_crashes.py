@@ -248,8 +248,8 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[tuple[s
 def test_the_points_are_of_every_kind(scene: Scene, variant: str) -> None:
     plan = VARIANTS[variant]
     outcome, passed = undisturbed(scene, plan)
-    move = "link" if plan.by_link else "renameat2"
-    effects = {"mkdir", "fsync folder", "fsync journal", "COMMIT", "unlink flag", "unlink", move}
+    move = {"link", "rename"} if plan.by_link else {"renameat2"}
+    effects = {"mkdir", "fsync folder", "fsync journal", "COMMIT", "unlink flag", "unlink", *move}
     requests = {
         *("GET /sessions", "POST /sessions", "GET /datasets", "GET /dataset-types"),
         *("GET /data-formats", "POST /register-file", "POST /auth-token"),

@@ -353,7 +353,7 @@ def hurt(monkeypatch: pytest.MonkeyPatch, what: str, code: int) -> None:
     elif what == "list":
         failing(files, "occupied_revisions", lambda *_: True)
     elif what == "look":
-        failing(files, "signature", lambda _root, path, *_: path.endswith(FILE))
+        failing(files, "check_finished", lambda _root, path, *_: path.endswith(FILE))
 
 
 def disk_cases() -> list[tuple[str, int]]:

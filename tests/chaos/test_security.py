@@ -127,7 +127,11 @@ def test_nothing_is_reached_through_a_folder_that_becomes_a_link(
         seen.extend(files.occupied_revisions(root, session, "alf/spikes.times.npy"))
         files.move(root, session, "alf/spikes.times.npy", "alf/#2026-01-31#/spikes.times.npy")
         files.move(root, session, "alf/#2026-01-31#/spikes.times.npy", "alf/spikes.times.npy")
-        files.drop_second_name(root, session, "alf/x", "alf/spikes.times.npy")
+        signature = files.signature(root, f"{session}/alf/spikes.times.npy")
+        if signature is not None:
+            revised = "alf/#2026-01-31#/spikes.times.npy"
+            files.check_finished(root, f"{session}/alf/spikes.times.npy", signature)
+            files.mend_move(root, session, "alf/spikes.times.npy", revised, signature)
         files.remove_flag(root, session, "create_me.flag")
 
     inside = root / session / level

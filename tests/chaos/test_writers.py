@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import itertools
 import json
 import mmap
@@ -33,6 +34,7 @@ from hypothesis import strategies as st
 
 from regd import files
 from regd.alyx import AlyxClient
+from regd.errors import AlyxAway
 from regd.journal import Journal
 from regd.model import FileState, SessionState
 from regd.registration import RegistrationClient
@@ -597,6 +599,133 @@ def test_a_writer_that_begins_at_any_moment_is_waited_for(
     bench.finish()
     assert half not in posts(bench, path)
     assert set(posts(bench, path)) <= {old, md5(path)}
+    check_all_there(bench)
+
+
+# --- opened again between the hash and what is done with it --------------------------------------
+
+
+def protected_and_changed(bench: Bench) -> Path:
+    """Return a file whose new content must go into a revision folder."""
+    path = bench.rig.record(names=(FILE,)) / FILE
+    bench.finish()
+    bench.rig.lab.protect(bench.rig.eid(), FILE)
+    path.write_bytes(b"a second version ")
+    return path
+
+
+def in_one_piece(bench: Bench, path: Path) -> None:
+    """Append by path, as a task does each trial, and see all of it registered as one file."""
+    for _ in range(2):
+        with path.open("ab") as out:
+            out.write(b"a trial ")
+    bench.finish()
+    (moved,) = (p for p in bench.rig.folder().rglob(path.name) if p.is_file())
+    assert moved.read_bytes() == b"a second version a trial a trial "
+    assert moved.parent.name.startswith("#")
+    check_all_there(bench)
+
+
+def test_a_file_opened_again_during_an_outage_is_not_moved(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = protected_and_changed(bench)
+    hashed_in_an_outage(bench, monkeypatch)
+    with path.open("ab"):  # it has not written yet: size and time are as they were
+        bench.service.gate.open()
+        bench.wait()
+        bench.go()
+        assert path.exists()
+    in_one_piece(bench, path)
+
+
+def test_a_file_opened_again_during_an_outage_is_not_posted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.rig.record(names=(FILE,)) / FILE
+    half = md5(path)
+    hashed_in_an_outage(bench, monkeypatch)
+    with path.open("ab") as out:
+        bench.service.gate.open()
+        for _ in range(2):
+            bench.wait()
+            bench.go()
+        assert half not in posts(bench, path)
+        out.write(b"a trial ")
+    bench.finish()
+    check_all_there(bench)
+
+
+def hashed_in_an_outage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def post_files(*_: Any, **__: Any) -> None:
+        raise AlyxAway("Alyx does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RegistrationClient, "post_files", post_files)
+        bench.wait()
+        bench.go()
+    assert [f.state for _, f in bench.journal.files_in(*UNDONE)] == [FileState.READY]
+
+
+def test_a_file_opened_again_while_alyx_says_that_it_is_protected_is_not_moved(
+    bench: Bench,
+) -> None:
+    path = protected_and_changed(bench)
+    with contextlib.ExitStack() as stack:
+        bench.after["POST /register-file"] = lambda: stack.enter_context(path.open("ab"))
+        bench.wait()
+        bench.go()
+        assert path.exists()
+        (row,) = (f for _, f in bench.journal.files_in(*UNDONE))
+        assert (row.state, row.move_to) == (FileState.SETTLING, None)
+    in_one_piece(bench, path)
+
+
+def test_a_move_that_was_begun_before_a_file_was_opened_again_is_given_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = protected_and_changed(bench)
+    with monkeypatch.context() as patch:
+
+        def move(*_: Any, **__: Any) -> None:
+            raise OSError(errno.EIO, "the disk fails")
+
+        patch.setattr(files, "move", move)
+        bench.wait()
+        bench.go()
+    assert {f.state for _, f in bench.journal.files_in(*UNDONE)} == {FileState.PLACING}
+    with path.open("ab"):
+        for _ in range(2):
+            bench.wait()
+            bench.go()
+        assert path.exists()
+        assert {f.state for _, f in bench.journal.files_in(*UNDONE)} == {FileState.SETTLING}
+    in_one_piece(bench, path)
+
+
+def test_a_session_that_went_away_in_the_middle_of_a_move_and_came_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = protected_and_changed(bench)
+    with monkeypatch.context() as patch:
+
+        def move(root: Path, folder: str, source: str, target: str, **_: Any) -> None:
+            (root / folder / target).parent.mkdir()
+            (root / folder / target).hardlink_to(root / folder / source)
+            raise OSError(errno.ESTALE, "the server went away")
+
+        patch.setattr(files, "move", move)
+        bench.wait()
+        bench.go()
+    folder = bench.rig.folder()
+    elsewhere = bench.rig.root.parent / "elsewhere"
+    folder.rename(elsewhere)
+    bench.finish()
+    elsewhere.rename(folder)
+    bench.finish()
+    (moved,) = (p for p in folder.rglob(path.name) if p.is_file())
+    assert moved.parent.name.startswith("#")
+    assert len(bench.rig.held()) == 2
     check_all_there(bench)
 
 

@@ -199,7 +199,7 @@ class Effects:
         self._report.write_text(json.dumps(report))
 
     def install(self) -> None:
-        real = {name: getattr(os, name) for name in ("mkdir", "link", "unlink")}
+        real = {name: getattr(os, name) for name in ("mkdir", "link", "unlink", "rename")}
         renameat2 = files._libc.renameat2
 
         def mkdir(name: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
@@ -239,7 +239,19 @@ class Effects:
             wal = _path(descriptor).endswith("-wal")
             self._around("fsync journal" if wal else "fsync folder", do)
 
-        def rename(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> int:
+        def rename(
+            name: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
+        ) -> None:
+            def do() -> None:
+                source, target = _path(src_dir_fd, name), _path(dst_dir_fd, new)
+                inode = _inode(source) or 0
+                real["rename"](name, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+                self._came(target, for_a_moment=True)
+                self._went(source, inode)
+
+            self._around("rename", do)
+
+        def rename_or_fail(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> int:
             def do() -> int:
                 source, target = _path(old_fd, os.fsdecode(old)), _path(new_fd, os.fsdecode(new))
                 inode = _inode(source) or 0
@@ -257,8 +269,10 @@ class Effects:
             return -1
 
         os.mkdir, os.link, os.unlink, os.fsync = mkdir, link, unlink, fsync  # type: ignore[assignment]
+        os.rename = rename  # type: ignore[assignment]
         libc = SimpleNamespace(
-            renameat2=missing if self._plan.by_link else rename, fstatfs=files._libc.fstatfs
+            renameat2=missing if self._plan.by_link else rename_or_fail,
+            fstatfs=files._libc.fstatfs,
         )
         files._libc = libc  # type: ignore[assignment]
         sqlite3.connect = partial(sqlite3.connect, factory=partial(_Connection, self))  # type: ignore[assignment]
@@ -276,9 +290,10 @@ class Effects:
             with contextlib.suppress(FileExistsError):
                 path.touch(exist_ok=False)
 
-    def _came(self, path: str) -> None:
+    def _came(self, path: str, *, for_a_moment: bool = False) -> None:
         inode = _inode(path) or 0
-        self._twins[inode] = path
+        if not for_a_moment:
+            self._twins[inode] = path
         self._cache.changes.append(Change(path, True, inode))
 
     def _went(self, path: str, inode: int) -> None:
