@@ -128,6 +128,7 @@ class Journal:
         self.damaged = False
         self._now = now
         self._lock = threading.RLock()
+        self._asked = 0  # how often through this object, which SQLite does not tell
         if read_only and not path.exists():
             raise NeedsHuman(
                 f"there is no journal at {path}", hint="has `regd run` or `regd scan` run yet?"
@@ -277,10 +278,10 @@ class Journal:
             hint = _FAILURES[sqlite3.SQLITE_IOERR]
             raise self._failure(f"{error.strerror}", hint) from error
 
-    def version(self) -> int:
-        """Return a number that changes whenever another process has changed the journal."""
+    def version(self) -> tuple[int, int]:
+        """Return what changes when another process changed the journal, or a scan was asked for."""
         (number,) = self._rows("PRAGMA data_version")[0]
-        return int(number)
+        return int(number), self._asked
 
     # --- facts and requests ----------------------------------------------------------------------
 
@@ -322,6 +323,7 @@ class Journal:
                 "INSERT INTO request (kind, everything, asked_at) VALUES ('scan', ?, ?)",
                 (everything, self._now()),
             )
+            self._asked += 1
             return int(cursor.lastrowid or 0)
 
     def take_scan(self) -> bool | None:

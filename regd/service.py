@@ -660,7 +660,7 @@ class Service:
         next_scan_at = self._clock()
         known_root = _identity(self.root)
         rescan_at = math.inf
-        version = -1
+        version = (-1, 0)
         everything = False
         while not self.stop.is_set():
             self._check_clock()

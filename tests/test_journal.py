@@ -720,6 +720,12 @@ def test_what_another_process_changes_is_seen(file: Path, journal: Journal, cloc
     assert journal.take_scan() is True
 
 
+def test_a_scan_asked_for_here_shows_as_well_as_one_asked_for_elsewhere(journal: Journal) -> None:
+    seen = journal.version()
+    journal.ask_scan(everything=False)
+    assert journal.version() != seen
+
+
 def test_two_connections_never_claim_one_session(file: Path, clock: Clock) -> None:
     with Journal(file, now=clock) as one, Journal(file, now=clock) as two:
         for number in range(1, 41):
