@@ -45,11 +45,12 @@ class Found(NamedTuple):
 
     Attributes:
         path: Its path below the folder walked, '/' between the parts.
-        size: Bytes.
+        size: Bytes; of what the disk fails on, the number of its error (errno.h).
         mtime_ns: When its content was last modified, nanoseconds since 1970.
         ctime_ns: When the kernel last changed anything of it, nanoseconds since 1970.
-        kind: 'file', 'link', 'other' (a device, a socket, a pipe), 'unreadable', or 'deep' (a
-            folder whose path is longer than Alyx takes, and that was not entered).
+        kind: 'file', 'link', 'other' (a device, a socket, a pipe), 'unreadable' (a file or folder
+            that regd has no right to look at), 'failing' (one that the disk fails on), or 'deep'
+            (a folder whose path is longer than Alyx takes, and that was not entered).
     """
 
     path: str
@@ -121,15 +122,15 @@ def _list_into(
                 fits_name(name) or (fits_path is not None and fits_path(prefix + path))
             ) and path != flag:
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append((name, path))
-                continue
             try:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((name, path))
+                    continue
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            except PermissionError:
-                found.append((path, 0, 0, 0, "unreadable"))
+            except OSError as error:
+                found.append(_not_seen(path, error))
                 continue
             mode = status.st_mode
             kind = "file" if S_ISREG(mode) else "link" if S_ISLNK(mode) else "other"
@@ -147,8 +148,14 @@ def _list_into(
                 os.close(below)
         except (FileNotFoundError, NotADirectoryError):
             continue  # it went away since it was listed
-        except OSError:
-            found.append((path, 0, 0, 0, "unreadable"))
+        except OSError as error:
+            found.append(_not_seen(path, error))
+
+
+def _not_seen(path: str, error: OSError) -> Fields:
+    if isinstance(error, PermissionError):
+        return path, 0, 0, 0, "unreadable"
+    return path, error.errno or errno.EIO, 0, 0, "failing"
 
 
 def signature_of(status: os.stat_result) -> Signature:

@@ -222,7 +222,7 @@ class Scanner:
         if known is None:
             if not flagged and not found:
                 return
-            readable = [f for f in found if f.kind not in ("unreadable", "deep")]
+            readable = [f for f in found if f.kind not in ("unreadable", "failing", "deep")]
             newest_s = max((f.modified_s for f in readable), default=this.now)
             old = this.now - newest_s > self.settings.scan.backlog_days * _DAY_S and not flagged
             if old and not this.everything and not this.rebuild:

@@ -182,7 +182,8 @@ class _Next:
 
 
 _Blocked = dict[str, TryLater]
-"""What keeps a file from being registered in this attempt of its session, by the file's path."""
+"""What keeps a file from being registered in this attempt of its session, by the file's path; for a
+folder that could not be listed, the path ends in '/'."""
 
 
 @dataclass(slots=True)
@@ -386,7 +387,8 @@ class Worker:
                     wait_s = 0.0  # written to, or gone, since it was hashed: look again
                 if row.doubt and wait_s is None and not blocked:
                     self.journal.set_doubt(row.id, False)  # every file has been compared
-            if flagged:
+            # what lies in a folder that could not be listed is written down nowhere yet
+            if flagged and not any(path.endswith("/") for path in blocked):
                 self._unflag(row)
         for error in blocked.values():  # all beside those files is done
             raise error
@@ -509,6 +511,7 @@ class Worker:
             for end in (r.path, r.move_to, files.moving_name(r.path))
         }
         seen: set[str] = set()
+        unseen: dict[str, TryLater] = {}  # what lies below these folders, and why
         rows: list[FileRow] = []
         wait_s: float | None = None
         flushed_at = self.clock()
@@ -518,6 +521,12 @@ class Worker:
         for found in self._walk(row.folder):
             key = found.path if is_utf8(found.path) else printable(found.path)
             seen.add(key)
+            if found.kind in ("unreadable", "failing"):
+                code = found.size if found.kind == "failing" else errno.EACCES
+                unseen[f"{key}/"] = _of_disk(OSError(code, os.strerror(code)), key)
+            if found.kind == "failing":
+                blocked[f"{key}/"] = unseen[f"{key}/"]
+                continue
             old = known.get(key)
             if key in moving or (
                 old is not None and _is_settled_row(old) and old.signature == found.signature
@@ -532,12 +541,16 @@ class Worker:
             if self.clock() - flushed_at > _FLUSH_S:
                 self.journal.write_files(row.id, rows)
                 rows, flushed_at = [], self.clock()
-        gone = [
-            path
-            for path, old in known.items()
+        gone = []
+        for path, old in known.items():
             # what was registered stays known: the rig may be cleared, a mount may come back
-            if path not in seen and path not in moving and old.state is not FileState.REGISTERED
-        ]
+            if path in seen or path in moving or old.state is FileState.REGISTERED:
+                continue
+            above = next(filter(path.startswith, unseen), None)
+            if above is None:
+                gone.append(path)
+            elif old.state is not FileState.REFUSED:
+                rows.append(_block(old, unseen[above], blocked))
         for path in gone:
             _log.info("file.vanished", path=path)
         self.journal.write_files(row.id, rows, gone)
@@ -950,6 +963,7 @@ def _of_disk(error: OSError, what: str = "", doing: str = "read") -> TryLater:
         errno.ENOSPC: "free some space on the disk of data_root",
         errno.EDQUOT: "raise the quota of regd's user on data_root, or free some space",
         errno.EROFS: "mount data_root for writing",
+        errno.EMFILE: "raise LimitNOFILE, the number of files that regd may have open",
         errno.EIO: "check the disk of data_root: it fails",
         errno.ESTALE: "mount data_root again: its server lost it",
         errno.ELOOP: "a folder was replaced by a link; put the folder back",

@@ -204,6 +204,25 @@ def test_walk_names_a_folder_that_may_not_be_read_and_goes_on(public: Path) -> N
     assert found["a/b"] == files.Found("a/b", 0, 0, 0, "unreadable")
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_walk_names_a_folder_that_the_disk_fails_on_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    put(tmp_path, "a/b/x")
+    put(tmp_path, "a/c/y")
+    real = files.open_inner
+
+    def open_inner(folder: int, name: str) -> int:
+        if name == "b":
+            raise OSError(code, os.strerror(code))
+        return real(folder, name)
+
+    monkeypatch.setattr(files, "open_inner", open_inner)
+    found = {f.path: f for f in files.walk(tmp_path)}
+    assert found.keys() == {"a/b", "a/c/y"}
+    assert found["a/b"] == files.Found("a/b", code, 0, 0, "failing")
+
+
 @pytest.mark.parametrize("inner", ["x", "deep/x"])
 def test_walk_names_a_folder_that_may_be_listed_but_not_entered(public: Path, inner: str) -> None:
     put(public, f"a/b/{inner}")

@@ -400,6 +400,50 @@ def test_what_the_disk_fails_on_keeps_its_place_and_goes_on_by_itself(
     machine.check(1)
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_what_lies_in_a_folder_that_cannot_be_listed_is_neither_gone_nor_forgotten(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    known, new = DATASETS[3], "alf/probe00/spikes.clusters.npy"
+    inner = known.split("/")[1]
+    folder = machine.record()
+    clock = Clock()
+    real = files.open_inner
+
+    def open_inner(above: int, name: str) -> int:
+        if name == inner:
+            raise OSError(code, os.strerror(code))
+        return real(above, name)
+
+    with machine.by_hand(clock) as service:
+        with (folder / known).open("ab"):  # not finished yet
+            service._scan()
+            service.step()
+        write(folder / new, b"later")
+        write(folder / "alf/probe01/spikes.times.npy", b"beside it")
+        (folder / "create_me.flag").touch()
+        clock.sleep(7200)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "open_inner", open_inner)
+            service._scan()
+            service.step()
+            (row,) = service.journal.sessions()
+            assert row.state is SessionState.WAITING
+            assert f"alf/{inner}: {os.strerror(code)}" in (row.reason or "")
+            assert row.hint
+            assert [f.path for _, f in service.journal.files_in(FileState.SETTLING)] == [known]
+            assert "alf/probe01/spikes.times.npy" in machine.held()
+            refused = [f.path for _, f in service.journal.files_in(FileState.REFUSED)]
+            is_written_down = code == errno.EACCES  # there a person has to do something
+            assert refused == ([f"alf/{inner}"] if is_written_down else [])
+            assert (folder / "create_me.flag").exists() != is_written_down
+        finish(service, clock, 60)
+        assert not service.journal.files_in(FileState.SETTLING, FileState.REFUSED)
+    assert machine.is_done(1)
+    assert {known, new} <= machine.held().keys()
+    machine.check(1)
+
+
 def test_a_disk_that_stays_full_is_a_persons_in_the_end(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
