@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from regd.errors import FileChanged, FileHeld, NeedsHuman, PathTaken, Stopping
 from regd.model import Signature
-from regd.paths import Ignored, parse_dataset
+from regd.paths import OWNER_FILE, Ignored, parse_dataset
 
 _RENAME_NOREPLACE = 1
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -565,6 +565,9 @@ def _drop_name(folder: int, name: str, file: os.stat_result) -> None:
     No call removes a name only if it is that of a certain file, but a rename takes whatever the
     name is of, and then there is time to look.
     """
+    if name.startswith(OWNER_FILE):
+        os.unlink(name, dir_fd=folder)  # regd's own: nobody saves another file under it
+        return
     _end_drop(folder, name, file)
     with contextlib.suppress(FileNotFoundError):
         os.rename(name, moving_name(name), src_dir_fd=folder, dst_dir_fd=folder)
