@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 )
 from starlette.middleware import Middleware
 
+from regd.files import moving_name
 from regd.journal import SessionRow
 from regd.model import FileState, SessionState
 from regd.sandbox.server import Server
@@ -128,8 +129,9 @@ class Scene:
                     continue
                 row = journal.session(folder)
                 assert row is not None, f"{folder} has no flag, and is not in the journal"
-                files = journal.files(row.id)
-                known = {*files, *(file.move_to for file in files.values())}
+                rows = journal.files(row.id)
+                moves = {(path, file.move_to) for path, file in rows.items() if file.move_to}
+                known = {*rows, *(end for path, to in moves for end in (to, moving_name(path)))}
                 unknown = {
                     path
                     for path, digest in there.items()
