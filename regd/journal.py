@@ -50,6 +50,7 @@ class SessionRow:
     changed_at: float
     not_before: float
     creating_at: float | None
+    waiting_since: float | None
 
     @property
     def path(self) -> SessionPath:
@@ -75,7 +76,7 @@ class FileRow:
 
 _SESSION_COLUMNS = (
     "id, folder, state, flagged, asked, eid, doubt, due_at, attempt, looked, reason, hint,"
-    " changed_at, not_before, creating_at"
+    " changed_at, not_before, creating_at, waiting_since"
 )
 _FILE_COLUMNS = (
     "path, state, size, mtime_ns, md5, dataset_id, move_to, reason, hint, first_seen_at, changed_at"
@@ -380,14 +381,16 @@ class Journal:
             db.execute(
                 f"""
                 INSERT INTO session
-                    (folder, subject, date, number, flagged, asked, due_at, changed_at)
-                VALUES (:folder, :subject, :date, :number, :flagged, :asked, :due_at, :now)
+                    (folder, subject, date, number, flagged, asked, due_at, changed_at,
+                     waiting_since)
+                VALUES (:folder, :subject, :date, :number, :flagged, :asked, :due_at, :now, :now)
                 ON CONFLICT (folder) DO UPDATE SET
                     flagged    = flagged OR :flagged,
                     asked      = asked OR :asked,
                     state      = CASE WHEN {_WAKES} THEN 'waiting' ELSE state END,
                     attempt    = CASE WHEN {_WAKES} THEN 0 ELSE attempt END,
                     changed_at = CASE WHEN {_WAKES} THEN :now ELSE changed_at END,
+                    waiting_since = CASE WHEN {_WAKES} THEN :now ELSE waiting_since END,
                     due_at     = CASE WHEN {_WAKES} THEN :due_at
                                       WHEN state = 'held' THEN min(due_at, :held_until)
                                       WHEN state = 'waiting'
@@ -417,7 +420,7 @@ class Journal:
             row = db.execute(
                 f"""
                 UPDATE session SET state = 'working', hinted_at = NULL, listing = NULL,
-                    changed_at = :now
+                    changed_at = :now, waiting_since = coalesce(waiting_since, :now)
                 WHERE id = (
                     SELECT id FROM session WHERE state IN ('waiting', 'held') AND due_at <= :now
                     ORDER BY due_at LIMIT 1
@@ -487,6 +490,9 @@ class Journal:
                                   ELSE hinted_at END,
                     not_before = :not_before, hinted_at = NULL, attempt = :attempt,
                     looked = :looked, reason = :reason, hint = :hint,
+                    waiting_since = CASE WHEN :state = 'waiting' THEN waiting_since
+                                         WHEN hinted_at IS NULL OR :state = 'parked' THEN NULL
+                                         ELSE :now END,
                     changed_at = :now
                 WHERE id = :id AND state = 'working'
                 """,
@@ -530,6 +536,7 @@ class Journal:
         with self._write() as db:
             db.execute(
                 "UPDATE session SET due_at = due_at + :by, hinted_at = hinted_at + :by,"
+                " waiting_since = waiting_since + :by,"
                 " not_before = CASE WHEN not_before > 0 THEN not_before + :by ELSE 0 END"
                 " WHERE state IN ('waiting', 'held', 'working')",
                 {"by": by_s},
@@ -551,6 +558,10 @@ class Journal:
         with self._write() as db:
             db.execute(
                 "UPDATE session SET creating_at = :now WHERE creating_at > :now",
+                {"now": self._now()},
+            )
+            db.execute(
+                "UPDATE session SET waiting_since = :now WHERE waiting_since > :now",
                 {"now": self._now()},
             )
             return db.execute(
@@ -618,7 +629,7 @@ class Journal:
             sessions = db.execute(
                 """
                 UPDATE session SET state = 'waiting', due_at = max(:now, not_before), attempt = 0,
-                    looked = 0, reason = NULL, hint = NULL, changed_at = :now
+                    looked = 0, reason = NULL, hint = NULL, changed_at = :now, waiting_since = :now
                 WHERE (:folder IS NULL OR folder = :folder) AND state <> 'working' AND (
                     state IN ('parked', 'held', 'waiting') OR :folder IS NOT NULL
                     OR id IN (SELECT session_id FROM file WHERE state = 'refused'))

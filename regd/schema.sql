@@ -25,8 +25,10 @@ CREATE TABLE session (
     reason      TEXT,                          -- why it waits, is held or parked
     hint        TEXT,                          -- what a person can do about it
     changed_at  REAL    NOT NULL,
+    waiting_since REAL,                        -- when its work came up, attempts and waits included
     UNIQUE (subject, date, number),
-    CHECK (state NOT IN ('parked', 'held') OR reason IS NOT NULL)
+    CHECK (state NOT IN ('parked', 'held') OR reason IS NOT NULL),
+    CHECK ((state IN ('waiting', 'working')) = (waiting_since IS NOT NULL))
 );
 CREATE INDEX session_due ON session (due_at) WHERE state IN ('waiting', 'held');
 CREATE INDEX session_state ON session (state, changed_at);

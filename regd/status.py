@@ -124,7 +124,7 @@ def _sessions(journal: Journal, state: SessionState) -> list[Report]:
             "flagged": row.flagged,
             "attempt": row.attempt,
             "due_at": row.due_at,
-            "since": row.changed_at,
+            "since": row.waiting_since or row.changed_at,
             "files": _files_by_state(journal.files(row.id).values()),
             "reason": row.reason,
             "hint": row.hint,

@@ -614,10 +614,12 @@ def test_one_bad_row_undoes_the_whole_write(journal: Journal) -> None:
         "UPDATE session SET flagged = 2",
         "UPDATE session SET doubt = NULL",
         "UPDATE session SET due_at = NULL",
-        "INSERT INTO session (folder, subject, date, number, due_at, changed_at)"
-        " VALUES ('a/2020-01-01/1', 'a', '2020-01-01', 1, 0, 0)",
-        "INSERT INTO session (folder, subject, date, number, due_at, changed_at)"
-        " VALUES ('a/2020-01-01/001', 'b', '2020-01-01', 1, 0, 0)",
+        "UPDATE session SET waiting_since = NULL",
+        "UPDATE session SET state = 'done'",
+        "INSERT INTO session (folder, subject, date, number, due_at, changed_at, waiting_since)"
+        " VALUES ('a/2020-01-01/1', 'a', '2020-01-01', 1, 0, 0, 0)",
+        "INSERT INTO session (folder, subject, date, number, due_at, changed_at, waiting_since)"
+        " VALUES ('a/2020-01-01/001', 'b', '2020-01-01', 1, 0, 0, 0)",
         "UPDATE file SET state = 'lost'",
         "UPDATE file SET state = 'placing'",
         "UPDATE file SET move_to = 'x'",
@@ -634,6 +636,42 @@ def test_states_that_cannot_be(journal: Journal, statement: str) -> None:
         journal._db.execute(statement)
 
 
+def test_since_when_a_session_waits(journal: Journal, clock: Clock) -> None:
+    """Attempts, and what comes up while it waits, do not make the wait a new one."""
+    note(journal)
+    for clock.now in (1010.0, 1020.0):
+        note(journal, due_at=clock.now, flagged=True)
+        claim_and_release(journal, WAITING, due_at=clock.now + 10, attempt=1)
+    assert row_of(journal).waiting_since == 1000.0
+    clock.now = 1030.0
+    claim_and_release(journal, DONE)
+    assert row_of(journal).waiting_since is None
+    clock.now = 1040.0
+    note(journal, due_at=1050.0)
+    assert row_of(journal).waiting_since == 1040.0
+    clock.now = 1050.0
+    assert journal.claim()
+    note(journal, due_at=1060.0)
+    clock.now = 1055.0
+    journal.release(row_of(journal).id, DONE)  # all of what it waited for is done
+    assert row_of(journal).waiting_since == 1055.0
+    clock.now = 1060.0
+    claim_and_release(journal, PARKED)
+    assert row_of(journal).waiting_since is None
+    journal.retry(None)
+    assert row_of(journal).waiting_since == 1060.0
+    journal.shift(-500.0)
+    assert row_of(journal).waiting_since == 560.0
+    claim_and_release(journal, HELD, due_at=1070.0)
+    clock.now = 1070.0
+    assert journal.claim()
+    journal.recover()
+    assert row_of(journal).waiting_since == 1070.0
+    clock.now = 1000.0  # set back while regd did not run
+    journal.clamp(3600, 3600)
+    assert row_of(journal).waiting_since == 1000.0
+
+
 def test_releasing_as_parked_or_held_needs_a_reason(journal: Journal) -> None:
     note(journal)
     row = journal.claim()
@@ -648,7 +686,10 @@ def test_every_state_of_the_model_is_one_of_the_schema(journal: Journal) -> None
     note(journal)
     id_ = row_of(journal).id
     for session_state in SessionState:
-        journal._db.execute("UPDATE session SET state = ?, reason = 'r'", (session_state,))
+        since = 1000.0 if session_state in (WAITING, WORKING) else None
+        journal._db.execute(
+            "UPDATE session SET state = ?, reason = 'r', waiting_since = ?", (session_state, since)
+        )
     for file_state in FileState:
         move_to = "x" if file_state is FileState.PLACING else None
         row = FileRow("a", file_state, Signature(1, 1), reason="r", move_to=move_to)
