@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from regd import __version__
+from regd.counts import Counts
 from regd.errors import (
     AlyxAway,
     AlyxFault,
@@ -131,6 +132,9 @@ class AlyxClient:
         sleep: Waits that many seconds; may raise to give up.
         chance: A number in [0, 1), for jitter.
 
+    Attributes:
+        counts: Where requests are counted.
+
     Raises:
         InvalidInput: The address is no HTTP address, or the CA file cannot be used.
     """
@@ -151,6 +155,7 @@ class AlyxClient:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.base_url = _checked_url(base_url)
+        self.counts = Counts()
         self.use_credentials(username, password, token)
         self._clock = clock
         self._longest_s = _LONGEST_ANSWER * timeout_s
@@ -443,10 +448,13 @@ class AlyxClient:
         headers = {"Authorization": f"Token {token}"} if token else {}
         content = {key: value for key, value in content.items() if value is not None}
         where = f"{method} {self.base_url}{path}"
+        began_at = self._clock()
+        whole = None
         try:
-            late_at = self._clock() + self._longest_s
+            late_at = began_at + self._longest_s
             with self._http.stream(method, path, headers=headers, **content) as answer:
-                return _whole(answer, lambda: self._clock() > late_at)
+                whole = _whole(answer, lambda: self._clock() > late_at)
+                return whole
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
             # its text would repeat the header, and with it the token
             raise InvalidInput(f"{where} cannot be sent: check alyx.url and alyx.token") from None
@@ -459,6 +467,14 @@ class AlyxClient:
             raise AlyxOdd(f"{where}: the answer was lost: {what}") from None
         except (httpx.InvalidURL, ValueError, TypeError) as error:
             raise InvalidInput(f"{where} cannot be sent: {error}") from None
+        finally:
+            self.counts.requested(
+                method,
+                path,
+                None if whole is None else whole.status_code,
+                self._clock() - began_at,
+                good=whole is not None and _is_alyx(whole),
+            )
 
     # --- credentials -----------------------------------------------------------------------------
 
@@ -545,6 +561,12 @@ def _read(answer: httpx.Response) -> Any:
             )
         return body
     raise _failure(where, answer, body if isinstance(body, dict) else None)
+
+
+def _is_alyx(answer: httpx.Response) -> bool:
+    """Say whether Alyx did what it was asked: a login page in between answers 200, too."""
+    is_json = "json" in answer.headers.get("Content-Type", "")
+    return answer.is_success and (is_json or answer.status_code == 204)
 
 
 def _json(answer: httpx.Response) -> Any:

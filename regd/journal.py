@@ -777,6 +777,14 @@ class Journal:
         )
         return sessions[0], files[0]
 
+    def waiting_since(self) -> float | None:
+        """Return since when the session waits that has waited longest, or None if none does."""
+        since: float | None
+        ((since,),) = self._rows(
+            "SELECT min(waiting_since) FROM session WHERE state IN ('waiting', 'working')"
+        )
+        return since
+
     def is_unfinished(self) -> bool:
         """Say whether any session is in work, or waits for something other than another attempt."""
         query = (
@@ -788,7 +796,15 @@ class Journal:
     def counts(self) -> tuple[dict[SessionState, int], dict[FileState, int]]:
         """Return how many sessions and how many files are in each state."""
         sessions = dict(self._rows("SELECT state, count(*) FROM session GROUP BY state"))
-        files = dict(self._rows("SELECT state, count(*) FROM file GROUP BY state"))
+        # few files are in any other state, and these have an index: 44 ms for a million, not 380
+        files = dict(
+            self._rows(
+                "SELECT state, count(*) FROM file WHERE state <> 'registered' GROUP BY state"
+                " UNION ALL SELECT 'registered', count(*) FROM file"
+            )
+        )
+        registered = files.pop(FileState.REGISTERED)
+        files[FileState.REGISTERED] = registered - sum(files.values())
         return (
             {state: sessions.get(state, 0) for state in SessionState},
             {state: files.get(state, 0) for state in FileState},

@@ -642,10 +642,12 @@ def test_since_when_a_session_waits(journal: Journal, clock: Clock) -> None:
     for clock.now in (1010.0, 1020.0):
         note(journal, due_at=clock.now, flagged=True)
         claim_and_release(journal, WAITING, due_at=clock.now + 10, attempt=1)
-    assert row_of(journal).waiting_since == 1000.0
+    note(journal, B)
+    assert row_of(journal).waiting_since == journal.waiting_since() == 1000.0
     clock.now = 1030.0
-    claim_and_release(journal, DONE)
-    assert row_of(journal).waiting_since is None
+    for _ in (A, B):
+        claim_and_release(journal, DONE)
+    assert row_of(journal).waiting_since is journal.waiting_since() is None
     clock.now = 1040.0
     note(journal, due_at=1050.0)
     assert row_of(journal).waiting_since == 1040.0
