@@ -668,7 +668,31 @@ class Journal:
             )
         ]
 
+    def sessions_of(self, date: str, limit: int = -1) -> list[SessionRow]:
+        """Return the sessions recorded on that day (YYYY-MM-DD), by folder."""
+        return [
+            _session(row)
+            for row in self._rows(
+                f"SELECT {_SESSION_COLUMNS} FROM session"  # noqa: S608
+                " WHERE date = ? ORDER BY folder LIMIT ?",
+                date,
+                limit,
+            )
+        ]
+
     # --- files -----------------------------------------------------------------------------------
+
+    def file_counts(self, sessions: Sequence[int]) -> dict[int, dict[FileState, int]]:
+        """Return how many files some sessions have in each state that any of theirs is in."""
+        counts: dict[int, dict[FileState, int]] = {session: {} for session in sessions}
+        rows = self._rows(
+            "SELECT session_id, state, count(*) FROM file"
+            " WHERE session_id IN (SELECT value FROM json_each(?)) GROUP BY session_id, state",
+            json.dumps(sessions),
+        )
+        for session, state, count in rows:
+            counts[session][FileState(state)] = count
+        return counts
 
     def files(self, session: int) -> dict[str, FileRow]:
         """Return what is known of a session's files, by their path below it."""
@@ -731,14 +755,20 @@ class Journal:
                 ],
             )
 
-    def files_in(self, *states: FileState) -> list[tuple[str, FileRow]]:
-        """Return every file in those states, with its session's folder."""
+    def files_in(self, *states: FileState, hinted: bool = False) -> list[tuple[str, FileRow]]:
+        """Return every file in those states, with its session's folder.
+
+        Args:
+            states: One or more.
+            hinted: Whether to return only those that a person can do something about.
+        """
         return [
             (row[0], _file(row[1:]))
             for row in self._rows(
                 f"SELECT folder, {', '.join('file.' + c for c in _FILE_COLUMNS.split(', '))}"  # noqa: S608
                 f" FROM file JOIN session ON session.id = session_id"
-                f" WHERE file.state IN ({','.join('?' * len(states))}) ORDER BY folder, path",
+                f" WHERE file.state IN ({','.join('?' * len(states))})"
+                f" {'AND file.hint IS NOT NULL' if hinted else ''} ORDER BY folder, path",
                 *states,
             )
         ]

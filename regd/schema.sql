@@ -32,6 +32,7 @@ CREATE TABLE session (
 );
 CREATE INDEX session_due ON session (due_at) WHERE state IN ('waiting', 'held');
 CREATE INDEX session_state ON session (state, changed_at);
+CREATE INDEX session_date ON session (date);
 
 CREATE TABLE file (
     session_id  INTEGER NOT NULL REFERENCES session (id) ON DELETE CASCADE,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from regd.alyx import AlyxClient
 from regd.errors import DataRootAway, RegdError, Unauthorized
-from regd.journal import FileRow, Journal, asides
+from regd.journal import FileRow, Journal, SessionRow, asides
 from regd.model import FileState, SessionState
 from regd.settings import Settings
 from regd.worker import check_root
@@ -23,20 +24,31 @@ _ALYX_WITHIN_S = 5.0
 Report = dict[str, Any]
 
 
-def report(settings: Settings, journal: Journal) -> Report:
+def report(
+    settings: Settings,
+    journal: Journal,
+    *,
+    ask_alyx: bool = True,
+    today: datetime.date | None = None,
+) -> Report:
     """Return all that `regd status` shows.
 
     Args:
         settings: Where Alyx and the state folder are.
         journal: What is known.
+        ask_alyx: Whether to find out if Alyx answers; without it, what the daemon knows counts.
+        today: The rig's local date, if not by its clock.
 
     Returns:
-        A dict that JSON can hold: ``data_root``, ``daemon``, ``alyx``, ``sessions`` and ``files``
-        (how many are in each state), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
-        ``refused``, ``unfinished`` (files; the latter are written to for very long, or the disk
-        fails on them), ``strays``, ``backlog``, ``problems`` (each a ``what``, ``reason`` and
-        ``hint``: all that a person has to mend), ``needs_human`` (how many those are).
+        A dict that JSON can hold: ``data_root``, ``daemon``, ``alyx``, ``away`` (what all work
+        waits for, or None), ``sessions`` and ``files`` (how many are in each state), ``today``
+        (sessions recorded today), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
+        ``waiting_since`` (when the work came up that has waited longest), ``refused``,
+        ``unfinished`` (files; the latter are written to for very long, or the disk fails on them),
+        ``strays``, ``backlog``, ``problems`` (each a ``what``, ``reason`` and ``hint``: all that a
+        person has to mend), ``needs_human`` (how many those are).
     """
+    day = today or datetime.date.today()  # sessions are named by the local date
     sessions, in_files = journal.counts()
     refused = list(_grouped(journal.files_in(FileState.REFUSED)))
     strays = [
@@ -46,12 +58,13 @@ def report(settings: Settings, journal: Journal) -> Report:
         # mended since the last scan
         refused = [f for f in refused if _is_there(settings, f"{f['session']}/{f['path']}")]
         strays = [s for s in strays if _is_there(settings, s["path"])]
-    queued = journal.files_in(FileState.SETTLING, FileState.READY, FileState.PLACING)
-    unfinished = list(_grouped([(folder, row) for folder, row in queued if row.hint]))
+    queued = (FileState.SETTLING, FileState.READY, FileState.PLACING)
+    unfinished = list(_grouped(journal.files_in(*queued, hinted=True)))
     parked = _sessions(journal, SessionState.PARKED)
     running = is_running(settings.state_dir)
+    away = journal.fact("away") if running else None
     problems = [
-        *_of_the_whole(settings, journal, running),
+        *_of_the_whole(settings, journal, running, away),
         *({"what": s["session"], **s} for s in parked),
         *({"what": f"{f['session']}/{f['path']}", **f} for f in (*refused, *unfinished)),
         *({"what": s["path"], **s} for s in strays),
@@ -59,9 +72,11 @@ def report(settings: Settings, journal: Journal) -> Report:
     return {
         "data_root": journal.fact("data_root"),
         "daemon": {"running": running},
-        "alyx": _alyx(settings, journal, running),
+        "alyx": _alyx(settings, away, ask=ask_alyx),
+        "away": away,
         "sessions": {str(state): count for state, count in sessions.items()},
         "files": {str(state): count for state, count in in_files.items()},
+        "today": _shown(journal, journal.sessions_of(day.isoformat(), limit=_LISTED)),
         "working": _sessions(journal, SessionState.WORKING),
         "waiting": _sessions(journal, SessionState.WAITING),
         "held": _sessions(journal, SessionState.HELD),
@@ -69,13 +84,16 @@ def report(settings: Settings, journal: Journal) -> Report:
         "refused": refused,
         "unfinished": unfinished,
         "strays": strays,
+        "waiting_since": journal.waiting_since(),
         "backlog": journal.fact("backlog") or {"sessions": 0, "files": 0},
         "problems": [{key: p[key] for key in ("what", "reason", "hint")} for p in problems],
         "needs_human": len(problems),
     }
 
 
-def _of_the_whole(settings: Settings, journal: Journal, running: bool) -> Iterable[Report]:
+def _of_the_whole(
+    settings: Settings, journal: Journal, running: bool, away: Report | None
+) -> Iterable[Report]:
     """Yield what a person has to mend before any session can go on."""
     left, _ = journal.left()
     if left and not running:
@@ -87,7 +105,6 @@ def _of_the_whole(settings: Settings, journal: Journal, running: bool) -> Iterab
             check_root(settings.data_root, journal)
     except DataRootAway as error:
         yield {"what": str(settings.data_root), "reason": error.reason, "hint": error.hint}
-    away = journal.fact("away") if running else None
     if away and away["kind"] in ("credentials", "owner"):
         yield {"what": {"credentials": "Alyx", "owner": "regd"}[away["kind"]], **away}
     for aside in asides(journal.path):
@@ -117,27 +134,26 @@ def is_running(state_dir: Path) -> bool:
 
 
 def _sessions(journal: Journal, state: SessionState) -> list[Report]:
+    return _shown(journal, journal.sessions(state, limit=_LISTED))
+
+
+def _shown(journal: Journal, rows: Sequence[SessionRow]) -> list[Report]:
+    in_files = journal.file_counts([row.id for row in rows])
     return [
         {
             "session": row.folder,
             "eid": row.eid,
+            "state": str(row.state),
             "flagged": row.flagged,
             "attempt": row.attempt,
             "due_at": row.due_at,
             "since": row.waiting_since or row.changed_at,
-            "files": _files_by_state(journal.files(row.id).values()),
+            "files": {str(state): count for state, count in in_files[row.id].items()},
             "reason": row.reason,
             "hint": row.hint,
         }
-        for row in journal.sessions(state, limit=_LISTED)
+        for row in rows
     ]
-
-
-def _files_by_state(rows: Iterable[FileRow]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[str(row.state)] = counts.get(str(row.state), 0) + 1
-    return counts
 
 
 def _grouped(rows: list[tuple[str, FileRow]]) -> Iterable[Report]:
@@ -147,16 +163,17 @@ def _grouped(rows: list[tuple[str, FileRow]]) -> Iterable[Report]:
             yield {"session": folder, "path": row.path, "reason": row.reason, "hint": row.hint}
 
 
-def _alyx(settings: Settings, journal: Journal, running: bool) -> Report:
+def _alyx(settings: Settings, away: Report | None, *, ask: bool) -> Report:
     """Return whether Alyx answers, and what is wrong with it or with the credentials.
 
     Who asks may lack the daemon's credentials; then what the daemon knows counts, or else that
     Alyx answers at all.
     """
     about = {"url": settings.alyx.url, "reachable": True, "reason": None, "hint": None}
-    away = journal.fact("away") if running else None
     if away and away["kind"] in ("alyx", "credentials"):
         return {**about, "reachable": away["kind"] == "credentials", **away}
+    if not ask:
+        return about
     try:
         alyx = settings.alyx.model_copy(update={"timeout_s": _ALYX_WITHIN_S})
         quick = settings.model_copy(update={"alyx": alyx})

@@ -1066,3 +1066,23 @@ def test_what_waits_longer_than_anything_can_is_due_soon(journal: Journal, clock
     due_at = journal.next_due_at()
     assert due_at is not None
     assert clock.now <= due_at <= clock.now + UNKNOWN_OUTCOME_S
+
+
+def test_what_is_counted_and_listed_for_people(journal: Journal) -> None:
+    other = parse_session(("a", "2020-01-02", "001"))
+    for session in (B, A, other):
+        note(journal, session)
+    ids = [row_of(journal, session).id for session in (A, B)]
+    rows = [ready("r"), replace(ready("s"), state=FileState.SETTLING)]
+    slow = replace(ready("t"), state=FileState.SETTLING, reason="it grows", hint="close it")
+    journal.write_files(ids[0], [*rows, slow])
+    assert journal.file_counts([*ids, 99]) == {
+        ids[0]: {FileState.READY: 1, FileState.SETTLING: 2},
+        ids[1]: {},
+        99: {},
+    }
+    assert [row.folder for row in journal.sessions_of("2020-01-01")] == [A.folder, B.folder]
+    assert [row.folder for row in journal.sessions_of("2020-01-01", limit=1)] == [A.folder]
+    queued = (FileState.SETTLING, FileState.READY)
+    assert len(journal.files_in(*queued)) == 3
+    assert [row.path for _, row in journal.files_in(*queued, hinted=True)] == ["t"]
