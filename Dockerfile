@@ -22,7 +22,7 @@ WORKDIR /src
 RUN python -m venv /opt/regd
 COPY pyproject.toml README.md LICENSE ./
 COPY regd regd
-RUN /opt/regd/bin/pip install --no-cache-dir '.[sandbox]'
+RUN /opt/regd/bin/pip install --no-cache-dir .
 
 FROM python:3.12-slim
 # A fixed number, so that it can be given rights on the host.

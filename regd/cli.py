@@ -471,13 +471,8 @@ def sandbox(
 ) -> None:
     """Run an Alyx stand-in to try things on. Not a database to keep data in."""
     from regd.errors import InvalidInput
+    from regd.sandbox.server import serve
 
-    try:
-        from regd.sandbox.server import serve
-    except ModuleNotFoundError as error:
-        raise InvalidInput(
-            f"the sandbox needs {error.name}", hint="pip install 'regd[sandbox]'"
-        ) from None
     try:
         serve(host, port, db, load, None if rate_limit.lower() == "none" else rate_limit)
     except ValueError as error:
@@ -498,14 +493,8 @@ def demo(
 
     Needs no network and no settings, and stops by itself.
     """
-    try:
-        from regd import demo as show
-    except ModuleNotFoundError as error:
-        from regd.errors import InvalidInput
+    from regd import demo as show
 
-        raise InvalidInput(
-            f"the demo needs {error.name}", hint="pip install 'regd[sandbox]'"
-        ) from None
     if not clean:
         show.run(folder, out, remove_after=remove_after)
     else:
