@@ -742,7 +742,7 @@ def _suggestion(key: str) -> str:
         near = [by_name[name] for name in difflib.get_close_matches(key.split(".")[-1], by_name, 1)]
     if near:
         return f"did you mean {near[0]}?"
-    return "remove it (the README lists all settings)"
+    return "remove it (docs/settings.md lists all settings)"
 
 
 def _printable(text: str) -> str:
@@ -859,7 +859,7 @@ def rows(loaded: Loaded) -> Iterator[Row]:
 
 
 def markdown_table() -> str:
-    """Return the table of all settings for the README: key, default, meaning."""
+    """Return the table of all settings for docs/settings.md: key, default, meaning."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for key, info in LEAVES.items():
         default = _default_of(key)

@@ -1,64 +1,21 @@
-"""The README says what is: its tables and its example are held to the code."""
+"""The README is a short way in: what to type first, and where the rest is."""
 
-from __future__ import annotations
-
-import re
 from pathlib import Path
-
-from regd.sandbox.server import Server
-from regd.settings import markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def between(mark: str) -> str:
-    found = re.search(f"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", README, re.DOTALL)
-    assert found
-    return found[1]
+def test_it_is_short() -> None:
+    assert len(README.encode()) < 7_000
+    assert len(README.splitlines()) < 120
 
 
-def test_settings_table() -> None:
-    assert between("settings") == markdown_table()
+def test_it_leads_to_every_page() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"](docs/{page.name})" in README, page.name
 
 
-def test_events_table() -> None:
-    """Every event that the daemon's code can log is in the table, and nothing else."""
-    daemon = [ROOT / "regd" / f"{m}.py" for m in ("service", "worker", "scan", "alyx")]
-    code = "\n".join(path.read_text() for path in daemon)
-    logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
-    for kind in ("alyx", "root"):
-        logged |= {f"{kind}.away", f"{kind}.back"}
-    for kind in ("watch", "settings"):
-        logged |= {f"{kind}.failed", f"{kind}.mended"}
-    listed = set(
-        re.findall(
-            r"`([a-z]+\.[a-z_]+)`",
-            "".join(line.split("|")[1] for line in between("events").splitlines()),
-        )
-    )
-    assert listed == logged
-
-
-def test_promises() -> None:
-    """Every promise names tests that are there."""
-    for line in between("promises").splitlines()[2:]:
-        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line)
-        assert named, line
-        for file, test in named:
-            assert f"def {test}(" in (ROOT / "tests/chaos" / file).read_text(), test
-
-
-def test_library_example(sandbox: Server, tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    example = example.replace("http://127.0.0.1:8000", sandbox.url)
-    example = example.replace("/tmp/recordings", str(tmp_path))
-    known: dict[str, object] = {}
-    exec(example, known)
-    assert [file["name"] for file in known["files"]] == ["_ibl_wheel.position.npy"]
-    known["alyx"].close()
-
-
-def test_links() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_it_names_the_command_that_runs_all_tests() -> None:
+    assert "\nmake test " in README
+    assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("exec make test")

@@ -257,12 +257,12 @@ def test_markdown_table_has_every_setting_with_default_and_meaning():
 
 FILE_MISTAKES = {
     "wrokers: 3": "line 1: unknown setting wrokers; did you mean workers?",
-    "a: 1": "line 1: unknown setting a; remove it (the README lists all settings)",
+    "a: 1": "line 1: unknown setting a; remove it (docs/settings.md lists all settings)",
     "\nalyx:\n  tokn: x": "line 3: unknown setting alyx.tokn; did you mean alyx.token?",
     "quiet_s: 3": "line 1: unknown setting quiet_s; did you mean settle.quiet_s?",
     "alyx.url: x": "line 1: write url indented below `alyx:`, not alyx.url",
     "register_: {}": "line 1: unknown setting register_; did you mean register?",
-    "1: 2": "line 1: unknown setting 1; remove it (the README lists all settings)",
+    "1: 2": "line 1: unknown setting 1; remove it (docs/settings.md lists all settings)",
     "alyx: https://a": "line 1: alyx is a section and holds keys, such as alyx.url, not a value; "
     "set these instead",
     "workers: many": "line 1: workers must be a whole number, not 'many'; correct it, or remove it "
