@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape as escape_markup
-from rich.padding import Padding
-from rich.table import Table
 
-from regd import __version__
+from regd import __version__, screen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rich.console import RenderableType
 
     from regd.journal import Journal
     from regd.settings import Loaded, Settings
@@ -49,11 +48,9 @@ Config = Annotated[
 _DEFAULT_CONFIG = Path("/etc/regd/regd.yaml")
 
 
-def escape(text: str) -> str:
-    """Return a text from elsewhere as it may be shown, whatever a file is called."""
-    from regd.errors import printable
-
-    return escape_markup(printable(text))
+def _show(shown: RenderableType) -> None:
+    """Print what `regd.screen` has made; a line that is to be copied whole is not cut."""
+    out.print(shown, crop=False)
 
 
 def main() -> None:
@@ -64,7 +61,7 @@ def main() -> None:
         app()
     except (RegdError, SettingsError, OSError, sqlite3.Error) as error:
         for line in str(error).splitlines():
-            err.print(f"[red]regd:[/red] {escape(line)}", soft_wrap=True)
+            err.print(f"[red]regd:[/red] {screen.escape(line)}", soft_wrap=True)
         sys.exit(2)
 
 
@@ -199,9 +196,9 @@ def scan(
         with _journal(settings) as journal, _bar() as report:
             _ask_daemon(journal, stop, everything, report)
     with _journal(settings, read_only=True) as journal:
-        sessions_left, _ = journal.left()
-        people = _show_scan(journal, sessions_left)
-    raise typer.Exit(1 if people or sessions_left else 0)
+        facts = _scan_facts(journal)
+    _show(screen.scanned(facts))
+    raise typer.Exit(1 if facts["people"] or facts["left"] else 0)
 
 
 def _ask_daemon(journal: Journal, stop: threading.Event, everything: bool, report: Any) -> None:
@@ -260,9 +257,9 @@ def _show_dry_run(settings: Settings, everything: bool) -> None:
         )
         result = scanner.scan(time.time(), everything=everything, dry=True)
     for folder in result.noted:
-        out.print(f"has work       {escape(folder)}", soft_wrap=True)
+        out.print(f"has work       {screen.escape(folder)}", soft_wrap=True)
     for _, reason, hint in result.strays:
-        out.print(f"needs a person {escape(reason)}: {escape(hint)}", soft_wrap=True)
+        out.print(f"needs a person {screen.escape(reason)}: {screen.escape(hint)}", soft_wrap=True)
     out.print(
         f"{result.sessions} sessions with {result.files} files seen; "
         f"{len(result.noted)} have work; "
@@ -290,31 +287,23 @@ def _scratch_or_real_journal(settings: Settings) -> Iterator[Journal]:
             journal.close()
 
 
-def _show_scan(journal: Journal, sessions_left: int) -> int:
-    """Print what has come of a scan; return how many things need a person."""
+def _scan_facts(journal: Journal) -> Report:
+    """Return what has come of a scan, as `screen.scanned` shows it."""
     from regd.model import FileState, SessionState
 
     sessions, in_files = journal.counts()
-    people = sessions[SessionState.PARKED] + in_files[FileState.REFUSED] + len(journal.strays())
-    registered = in_files[FileState.REGISTERED]
-    known = _count(sum(sessions.values()), "session")
-    done = f"{known} known, {_count(registered, 'file')} registered"
+    sessions_left, _ = journal.left()
     backlog = journal.fact("backlog") or {"sessions": 0}
-    if backlog["sessions"]:
-        done += f", {backlog['sessions']} old sessions left alone (regd scan --all takes them)"
-    if sessions[SessionState.HELD]:
-        done += f", {sessions[SessionState.HELD]} sessions held until they are flagged"
-    out.print(done, soft_wrap=True)
-    if sessions_left:
-        out.print(f"[yellow]{_count(sessions_left, 'session')} left: run it again[/yellow]")
-    if people:
-        needs = "needs" if people == 1 else "need"
-        out.print(f"[yellow]{_count(people, 'thing')} {needs} a person: regd status[/yellow]")
-    return people
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return {
+        "known": sum(sessions.values()),
+        "registered": in_files[FileState.REGISTERED],
+        "backlog": backlog["sessions"],
+        "held": sessions[SessionState.HELD],
+        "left": sessions_left,
+        "people": sessions[SessionState.PARKED]
+        + in_files[FileState.REFUSED]
+        + len(journal.strays()),
+    }
 
 
 # --- status, retry -------------------------------------------------------------------------------
@@ -334,73 +323,7 @@ def status(
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    _show_status(facts)
-
-
-def _show_status(facts: Report) -> None:
-    alyx, daemon = facts["alyx"], facts["daemon"]
-    out.print(f"[bold]{escape(str(facts['data_root']))}[/bold]")
-    out.print(f"daemon   {'running' if daemon['running'] else '[yellow]not running[/yellow]'}")
-    if alyx["reason"] is None:
-        out.print(f"Alyx     reachable at {escape(str(alyx['url']))}")
-    else:
-        what = f"{alyx['reason']} ({alyx['hint']})" if alyx["hint"] else alyx["reason"]
-        state = "reachable, but" if alyx["reachable"] else "not reachable:"
-        since = ""
-        if "since" in alyx:
-            since = time.strftime(" since %Y-%m-%d %H:%M", time.localtime(alyx["since"]))
-        out.print(f"Alyx     [red]{state}[/red] {escape(str(what))}{since}", soft_wrap=True)
-    for kind in ("sessions", "files"):
-        counts = ", ".join(f"{n} {state}" for state, n in facts[kind].items() if n)
-        out.print(f"{kind:8} {counts or 'none yet'}")
-    if facts["backlog"]["sessions"]:
-        out.print(
-            f"old      {facts['backlog']['sessions']} sessions without a flag left alone; "
-            "regd scan --all takes them"
-        )
-    at_work = "In work" if daemon["running"] else "In work when regd ended"
-    _show_sessions(at_work, facts["working"])
-    _show_sessions("Waiting", facts["waiting"])
-    _show_sessions("Held: files of sessions that Alyx does not know", facts["held"])
-    if facts["problems"]:
-        _show_problems(facts["problems"])
-    elif not any(facts["sessions"].values()):
-        out.print("nothing seen yet")
-    else:
-        out.print("[green]nothing needs a person[/green]")
-
-
-def _show_problems(problems: list[Report]) -> None:
-    """Print what a person has to mend: what it is on a line of its own, to be copied."""
-    out.print("\n[bold yellow]Needs a person[/bold yellow]")
-    for problem in problems:
-        out.print(f"[bold]{escape(problem['what'])}[/bold]", soft_wrap=True)
-        for label, text in (("why", problem["reason"]), ("do", problem["hint"])):
-            out.print(Padding(f"{label:4}{escape(str(text))}", (0, 0, 0, 2)))
-
-
-def _show_sessions(title: str, sessions: list[Report]) -> None:
-    rows = [
-        (
-            s["session"],
-            ", ".join(f"{n} {state}" for state, n in s["files"].items()) or "-",
-            " - ".join(filter(None, (s["reason"], s["hint"]))) or "-",
-        )
-        for s in sessions
-    ]
-    if rows:
-        _show_table(title, ("session", "files", "why"), rows)
-
-
-def _show_table(
-    title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]], style: str = ""
-) -> None:
-    table = Table(*columns, title=title, title_justify="left", title_style=f"bold {style}")
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    out.print(table)
+    _show(screen.status(facts))
 
 
 @app.command()
@@ -427,7 +350,7 @@ def retry(
                 f"regd knows no session {folder}", hint="`regd status` shows how it is called"
             )
         count = journal.retry(folder)
-    out.print(f"{_count(count, 'session')} put back to work")
+    out.print(f"{screen.count(count, 'session')} put back to work")
 
 
 def _folder_of(session: str, settings: Settings) -> str:
@@ -453,7 +376,7 @@ def show_config(config: Config = None) -> None:
     from regd.settings import rows
 
     loaded = _load(config)
-    _show_table("Settings in force", ("key", "value", "from"), [tuple(r) for r in rows(loaded)])
+    out.print(screen.table("Settings in force", ("key", "value", "from"), rows(loaded)))
 
 
 @app.command()

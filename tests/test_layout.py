@@ -27,7 +27,8 @@ PURE = ["model", "records", "errors", "paths", "datasettypes", "settle", "revisi
 ORDER = [
     *PURE,
     *["settings", "logs", "counts", "files", "owner", "journal", "alyx", "watch", "scan"],
-    *["registration", "worker", "service", "status", "sandbox", "demo", "cli", "__main__"],
+    *["registration", "worker", "service", "status", "screen", "sandbox", "demo"],
+    *["cli", "__main__"],
 ]
 # What can neither read a disk or a clock, nor reach a network ...
 HARMLESS = {
