@@ -53,7 +53,7 @@ def main() -> int:
     chosen = asked.only.split(",")
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    folder = Path(os.environ.get("REGD_BENCH_DIR") or HERE / ".work").resolve()
+    folder = Path(os.environ.get("BENCH_DIR") or HERE / ".work").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(folder, asked.quick, 1 if asked.quick else asked.runs)
     lines: list[Line] = []

@@ -14,8 +14,7 @@ import hashlib
 import operator
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from hashlib import blake2b
 from io import FileIO
@@ -23,13 +22,15 @@ from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 from typing import Any, NamedTuple
 
-from regd.errors import FileChanged, FileHeld, NeedsHuman, PathTaken, Stopping
+from regd.errors import FileChanged, FileHeld, NeedsHuman, PathTaken
 from regd.model import Signature
 from regd.paths import OWNER_FILE, Ignored, parse_dataset
 
 _RENAME_NOREPLACE = 1
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_BLOCK = 2**18  # bytes of a file in memory at a time
+_WINDOW = 64 * _BLOCK  # bytes after which what was read is dropped from the page cache
 _LONGEST_FOLDER = 255  # characters; ALF allows no more, and each level keeps a folder open
 _NOTHING = Ignored(())
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -237,22 +238,6 @@ def _status(root: Path, relative: str) -> os.stat_result | None:
         return None
 
 
-class _Stoppable:
-    """A file whose reading ends with `Stopping` once `stop` is set."""
-
-    def __init__(self, file: FileIO, stop: threading.Event) -> None:
-        self._file = file
-        self._stop = stop
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._stop.is_set():
-            raise Stopping("stopped while hashing")
-        return self._file.readinto(buffer)
-
-
 def is_open_for_writing(file: FileIO) -> bool | None:
     """Say whether a program has a file open for writing, or mapped so; None if nobody can tell.
 
@@ -360,17 +345,30 @@ def _check_in(folder: int, name: str, expected: Signature) -> None:
         raise FileHeld(f"{name} is open for writing") from None
 
 
-def md5(root: Path, relative: str, expected: Signature, stop: threading.Event) -> str:
+def md5(root: Path, relative: str, expected: Signature, on_read: Callable[[int], object]) -> str:
     """Return the MD5 of a finished file, 32 hexadecimal digits, as Alyx keeps it.
+
+    Args:
+        root: The data root.
+        relative: The file's path below it.
+        expected: What it must be.
+        on_read: Called with the number of bytes of each block that was read; may raise to end.
 
     Raises:
         FileChanged: It was not `expected` before or after it was read.
         FileHeld: A program has it open for writing, before or after it was read.
         OSError: It cannot be read.
-        Stopping: `stop` was set.
+    """
+    return _run(md5_in_blocks(root, relative, expected), on_read)
+
+
+def md5_in_blocks(root: Path, relative: str, expected: Signature) -> Generator[int, None, str]:
+    """Do as `md5`, block by block: yield the bytes of each, so that others can have a turn.
+
+    What is not read to the end has to be closed.
     """
     with open_finished(root, relative, expected) as file:
-        return _digest(_Stoppable(file, stop))
+        return (yield from _digest(file))
 
 
 def md5_of(path: Path, expected: Signature) -> str:
@@ -382,14 +380,47 @@ def md5_of(path: Path, expected: Signature) -> str:
     """
     with path.open("rb", buffering=0) as file:
         _check_signature(file, expected, str(path))
-        digest = _digest(file)
+        digest = _run(_digest(file), lambda _: None)
         _check_signature(file, expected, str(path))
     return digest
 
 
-def _digest(file: Any) -> str:
+def _run(digesting: Generator[int, None, str], on_read: Callable[[int], object]) -> str:
+    with contextlib.closing(digesting):
+        try:
+            while True:
+                on_read(next(digesting))
+        except StopIteration as end:
+            return str(end.value)
+
+
+def _digest(file: FileIO) -> Generator[int, None, str]:
+    """Read a file from its beginning to its end, once, and return the MD5 of that.
+
+    Yields the bytes of each block. A large file does not stay in the page cache: that memory is
+    for the programs that record.
+    """
     # Alyx's `hash`; it guards against accidents, not against people
-    return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    digest = hashlib.md5(usedforsecurity=False)
+    size = os.fstat(file.fileno()).st_size
+    buffer = memoryview(bytearray(max(1, min(size, _BLOCK))))
+    at = dropped_at = 0
+    while read := file.readinto(buffer):
+        at += read
+        digest.update(buffer[:read])
+        if at - dropped_at >= _WINDOW:
+            _drop(file, dropped_at, at - dropped_at)
+            dropped_at = at
+        yield read
+    if dropped_at:
+        _drop(file, dropped_at, 0)
+    return digest.hexdigest()
+
+
+def _drop(file: FileIO, start: int, length: int) -> None:
+    """Drop a part of a file (all after `start` if it is 0 long) from the page cache."""
+    with contextlib.suppress(OSError):  # what is not yet on the disk stays
+        os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
 
 def occupied_revisions(root: Path, folder: str, relative: str) -> set[str]:

@@ -585,7 +585,7 @@ class Worker:
                 return self._still_settling(new, old)
             md5 = None
             if self._is_hashed(found.signature.size):
-                md5 = files.md5(self.root, full, found.signature, self.stop)
+                md5 = files.md5(self.root, full, found.signature, self._on_read)
             else:
                 with files.open_finished(self.root, full, found.signature):
                     pass
@@ -606,6 +606,12 @@ class Worker:
             return replace(new, state=FileState.REGISTERED, md5=md5)
         # until it is posted, this content is not what the dataset holds
         return replace(new, state=FileState.READY, md5=md5, dataset_id=None)
+
+    def _on_read(self, size: int) -> None:
+        """Count what is hashed; the end of a large file may be far away."""
+        if self.stop.is_set():
+            raise Stopping("stopped while hashing")
+        self.client.alyx.counts.add(hashed_bytes=size)
 
     def _is_hashed(self, size: int) -> bool:
         limit = self.settings.register.max_md5_size

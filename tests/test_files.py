@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,11 @@ from regd.model import Signature
 from regd.paths import Ignored
 
 SESSION = "ZM_1085/2020-01-01/001"
-NEVER = threading.Event()  # a stop that never comes
+
+
+def nobody(_: int) -> None:
+    """Stand in for who is told of what was read."""
+
 
 steady = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -332,7 +337,7 @@ def test_signature(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 2**18 - 1, 2**18, 2**18 + 1, 3_000_000])
 def test_md5_is_that_of_the_original(tmp_path: Path, size: int) -> None:
     path = put(tmp_path, "s/a", os.urandom(size))
-    digest = files.md5(tmp_path, "s/a", signature_of(path), NEVER)
+    digest = files.md5(tmp_path, "s/a", signature_of(path), nobody)
     assert digest == hashlib.md5(path.read_bytes()).hexdigest()
     assert digest == files.md5_of(path, signature_of(path))
     assert digest == hashfile.md5(path)
@@ -344,31 +349,30 @@ def test_md5_of_any_content(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = put(Path(name), "a", content)
         assert (
-            files.md5(Path(name), "a", signature_of(path), NEVER)
+            files.md5(Path(name), "a", signature_of(path), nobody)
             == hashlib.md5(content).hexdigest()
         )
 
 
 class WritesOnce:
-    """A stop that never comes; when asked, it does something to the file, once."""
+    """Is told of what was read; does something to the file then, once."""
 
     def __init__(self, effect: Callable[[], object]) -> None:
         self.effect: Callable[[], object] | None = effect
 
-    def is_set(self) -> bool:
+    def __call__(self, _: int) -> None:
         effect, self.effect = self.effect, None
         if effect:
             effect()
-        return False
 
 
 def test_md5_sees_a_change_before_during_and_after(tmp_path: Path) -> None:
     path = put(tmp_path, "a", b"one")
     old = signature_of(path)
     with pytest.raises(FileChanged):
-        files.md5(tmp_path, "a", Signature(old.size, old.mtime_ns - 1), NEVER)
+        files.md5(tmp_path, "a", Signature(old.size, old.mtime_ns - 1), nobody)
     with pytest.raises(FileChanged):
-        files.md5(tmp_path, "a", Signature(old.size + 1, old.mtime_ns), NEVER)
+        files.md5(tmp_path, "a", Signature(old.size + 1, old.mtime_ns), nobody)
     with pytest.raises(FileChanged):
         files.md5_of(path, Signature(old.size + 1, old.mtime_ns))
 
@@ -376,12 +380,12 @@ def test_md5_sees_a_change_before_during_and_after(tmp_path: Path) -> None:
         path.write_bytes(b"two")
         os.utime(path, ns=(1, old.mtime_ns + 1))
 
-    stop: Any = WritesOnce(same_size)
+    once = WritesOnce(same_size)
     with pytest.raises(FileChanged):
-        files.md5(tmp_path, "a", old, stop)
-    stop = WritesOnce(lambda: path.open("ab").close())  # opened, but not written to
+        files.md5(tmp_path, "a", old, once)
+    once = WritesOnce(lambda: path.open("ab").close())  # opened, but not written to
     now = signature_of(path)
-    assert files.md5(tmp_path, "a", now, stop) == hashlib.md5(b"two").hexdigest()
+    assert files.md5(tmp_path, "a", now, once) == hashlib.md5(b"two").hexdigest()
 
 
 def test_md5_notices_a_file_of_the_same_size_and_time_that_took_its_place(tmp_path: Path) -> None:
@@ -389,9 +393,9 @@ def test_md5_notices_a_file_of_the_same_size_and_time_that_took_its_place(tmp_pa
     new = put(tmp_path, "b", b"new")
     old = signature_of(path)
     os.utime(new, ns=(old.mtime_ns, old.mtime_ns))
-    stop: Any = WritesOnce(lambda: new.replace(path))
+    once = WritesOnce(lambda: new.replace(path))
     with pytest.raises(FileChanged):
-        files.md5(tmp_path, "a", old, stop)
+        files.md5(tmp_path, "a", old, once)
     assert signature_of(path) == old
 
 
@@ -403,9 +407,9 @@ def test_md5_notices_a_change_whose_time_was_set_back(tmp_path: Path) -> None:
         path.write_bytes(b"two")
         os.utime(path, ns=(old.mtime_ns, old.mtime_ns))
 
-    stop: Any = WritesOnce(unnoticed)
+    once = WritesOnce(unnoticed)
     with pytest.raises(FileChanged):
-        files.md5(tmp_path, "a", old, stop)
+        files.md5(tmp_path, "a", old, once)
     assert signature_of(path) == old
 
 
@@ -468,7 +472,7 @@ def test_a_kernel_that_does_not_say_is_believed_neither_way(
         assert held(path) is None
         # stillness alone decides then
         assert (
-            files.md5(tmp_path, "a", signature_of(path), NEVER) == hashlib.md5(b"one").hexdigest()
+            files.md5(tmp_path, "a", signature_of(path), nobody) == hashlib.md5(b"one").hexdigest()
         )
 
 
@@ -491,12 +495,12 @@ def test_a_network_drive_that_grants_no_lease_says_nothing(
 def test_a_file_held_open_is_not_hashed(tmp_path: Path) -> None:
     path = put(tmp_path, "a", b"one")
     with path.open("ab"), pytest.raises(FileHeld):
-        files.md5(tmp_path, "a", signature_of(path), NEVER)
+        files.md5(tmp_path, "a", signature_of(path), nobody)
 
     writers = []
-    stop: Any = WritesOnce(lambda: writers.append(path.open("ab")))
+    once = WritesOnce(lambda: writers.append(path.open("ab")))
     with pytest.raises(FileHeld):
-        files.md5(tmp_path, "a", signature_of(path), stop)
+        files.md5(tmp_path, "a", signature_of(path), once)
     writers[0].close()
 
 
@@ -506,7 +510,7 @@ def test_a_file_that_a_server_has_leased_to_a_client_is_held(tmp_path: Path) -> 
         fcntl.fcntl(server, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(server, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # as Samba's kernel oplocks
         with pytest.raises(FileHeld):
-            files.md5(tmp_path, "a", signature_of(path), NEVER)
+            files.md5(tmp_path, "a", signature_of(path), nobody)
 
 
 def test_who_opens_a_file_while_it_is_asked_about_is_hardly_delayed_and_ends_nobody(
@@ -536,13 +540,41 @@ def test_who_opens_a_file_while_it_is_asked_about_is_hardly_delayed_and_ends_nob
 
 
 def test_md5_stops(tmp_path: Path) -> None:
-    path = put(tmp_path, "a", b"one")
-    stop = threading.Event()
-    stop.set()
+    path = put(tmp_path, "a", os.urandom(1_000_000))
+    read: list[int] = []
+
+    def stop(size: int) -> None:
+        read.append(size)
+        if sum(read) > 500_000:
+            raise Stopping("enough")
+
     before = open_descriptors()
     with pytest.raises(Stopping):
         files.md5(tmp_path, "a", signature_of(path), stop)
+    assert 500_000 < sum(read) < 1_000_000
     assert open_descriptors() == before
+
+
+def cached(path: Path) -> int:
+    """Return how many bytes of a file are in the page cache."""
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
+    return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not shutil.which("fincore"), reason="fincore is not here (util-linux)")
+def test_md5_leaves_the_page_cache_to_those_who_record(tmp_path: Path) -> None:
+    content = os.urandom(3 * files._WINDOW + 12345)
+    path = put(tmp_path, "a", content)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # it was recorded a while ago
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(path):
+        pytest.skip(f"{tmp_path} is on a file system that is all in memory")
+    assert path.read_bytes() == content
+    assert cached(path) >= len(content)
+    digest = files.md5(tmp_path, "a", signature_of(path), nobody)
+    assert digest == hashlib.md5(content).hexdigest()
+    assert cached(path) < files._WINDOW
 
 
 def test_md5_of_follows_the_link_it_is_given(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_a_file_written_to_while_it_is_read(place: Lab, monkeypatch: pytest.Monk
     (file,) = place.write(POSITION)
     digest = regd.files._digest
 
-    def slow(opened: Any) -> str:
+    def slow(opened: Any) -> Any:
         file.write_text("more")
         return digest(opened)
 

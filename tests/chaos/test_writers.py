@@ -464,14 +464,14 @@ def at(moment: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, act: Action) 
     if what.startswith(("GET", "POST")):
         (bench.before if when == "before" else bench.after)[what] = act
         return
-    name = "_digest" if what == "the reading" else "md5"
+    name = "_digest" if what == "the reading" else "md5_in_blocks"
     real, todo = getattr(files, name), [act]
 
     def wrapper(*args: Any) -> Any:
         actions = [todo.pop()] if todo else []
         if when == "before" and actions:
             actions.pop()()
-        found = real(*args)
+        found = yield from real(*args)
         if actions:
             actions.pop()()
         return found
