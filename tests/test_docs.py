@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import operator
 import re
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
 
+from regd.model import FileState, SessionState
 from regd.sandbox.server import Server
 from regd.settings import markdown_table
+from tests.test_layout import ORDER
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -52,6 +58,24 @@ def test_promises() -> None:
         assert named, line
         for file, test in named:
             assert f"def {test}(" in (ROOT / "tests/chaos" / file).read_text(), test
+
+
+@pytest.mark.parametrize(
+    ("mark", "enumeration"), [("session states", SessionState), ("file states", FileState)]
+)
+def test_states_are_drawn_as_in_the_code(mark: str, enumeration: type[StrEnum]) -> None:
+    drawn = between(mark).removeprefix("```text\n").removesuffix("\n```")
+    assert drawn in inspect.getdoc(enumeration).replace("\n    ", "\n")
+    assert {state for state in enumeration if state not in drawn} == set()
+
+
+def test_code_that_the_architecture_names_is_there() -> None:
+    """`worker.Gate` on that page is an attribute of regd.worker, and so on."""
+    page = re.sub(r"`alyx\.[a-z_]+`", "", (DOCS / "architecture.md").read_text())  # settings
+    named = [n for n in re.findall(r"`([a-z_]+)\.([\w.]+)`", page) if n[0] in ORDER]
+    assert len(named) > 20
+    for module, names in named:
+        assert operator.attrgetter(names)(importlib.import_module(f"regd.{module}"))
 
 
 def test_library_example(sandbox: Server, tmp_path: Path) -> None:

@@ -83,6 +83,13 @@ def test_every_place_in_the_order_is_taken():
     assert sorted(ORDER) == sorted([*(file.stem for file in modules()), "sandbox"])
 
 
+def test_the_architecture_lists_the_modules_in_this_order():
+    page = (PROJECT / "docs" / "architecture.md").read_text()
+    listed = page.split("<!-- modules -->")[1].split("<!-- /modules -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", listed, re.M)
+    assert [module for module, _ in rows] == ORDER
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_a_pure_module_reads_no_disk_clock_or_network(name):
     file = PACKAGE / f"{name}.py"
