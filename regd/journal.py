@@ -20,15 +20,18 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from regd.errors import InvalidInput, JournalDamaged, JournalFailed, NeedsHuman
-from regd.model import FileState, SessionPath, SessionState, Signature
+from regd.errors import InvalidInput, InvalidPath, JournalDamaged, JournalFailed, NeedsHuman
+from regd.model import FileState, Happening, SessionPath, SessionState, Signature
 from regd.paths import parse_session
 
-SCHEMA_VERSION = 1
+_STEPS: tuple[str, ...] = ()
+"""The SQL that leads from schema version 1 to 2, from 2 to 3, ...; `schema.sql` is the last one."""
+SCHEMA_VERSION = 1 + len(_STEPS)
 UNKNOWN_OUTCOME_S = 75.0
 """How long a request whose outcome is unknown may still take to have an effect, in seconds."""
 FILE_NAME = "journal.sqlite"
 _SET_ASIDE = ".damaged-"
+_EVENTS = 200  # of a session that are kept, moves left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class SessionRow:
     not_before: float
     creating_at: float | None
     waiting_since: float | None
+    first_seen_at: float
 
     @property
     def path(self) -> SessionPath:
@@ -74,9 +78,21 @@ class FileRow:
     changed_at: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """What happened to a session, so many times on end; the fields are the columns of `event`."""
+
+    name: Happening
+    about: str | None
+    target: str | None
+    times: int
+    first_at: float
+    last_at: float
+
+
 _SESSION_COLUMNS = (
     "id, folder, state, flagged, asked, eid, doubt, due_at, attempt, looked, reason, hint,"
-    " changed_at, not_before, creating_at, waiting_since"
+    " changed_at, not_before, creating_at, waiting_since, first_seen_at"
 )
 _FILE_COLUMNS = (
     "path, state, size, mtime_ns, md5, dataset_id, move_to, reason, hint, first_seen_at, changed_at"
@@ -146,7 +162,7 @@ class Journal:
         try:
             with self._explained():
                 self._db.execute("PRAGMA foreign_keys = ON")
-                self._check_version()
+                self._check_version(migrating=not read_only)
                 if not read_only:
                     self._prepare()
                 if check:
@@ -179,17 +195,33 @@ class Journal:
         # a power cut may undo the last commits, never damage the file; see durable()
         self._db.execute("PRAGMA synchronous = NORMAL")
         with self._write():
-            if self._check_version() == 0:
-                for statement in _statements(_schema()):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            version = self._check_version(migrating=True)
+            if version == SCHEMA_VERSION:
+                return
+            try:
+                for script in _STEPS[version - 1 :] if version else [_schema()]:
+                    for statement in _statements(script):
+                        self._db.execute(statement)
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # its tables are others
+                    raise self._damage(str(error)) from error
+                raise
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self._check_version()
 
-    def _check_version(self) -> int:
+    def _check_version(self, *, migrating: bool = False) -> int:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA_VERSION):
+        if not 0 <= version <= SCHEMA_VERSION:
             raise NeedsHuman(
-                f"the journal {self.path} is of another version of regd ({version})",
+                f"the journal {self.path} is of a newer version of regd ({version})",
                 hint="install that version, or move the journal away: a scan rebuilds it",
+            )
+        if 0 < version < SCHEMA_VERSION:
+            if migrating:
+                return int(version)
+            raise NeedsHuman(
+                f"the journal {self.path} is of an older version of regd ({version})",
+                hint="start the daemon, or run `regd scan`: that brings it up to date",
             )
         columns = _columns(self._db)
         if columns != (_columns_wanted() if version else set()):
@@ -381,9 +413,10 @@ class Journal:
             db.execute(
                 f"""
                 INSERT INTO session
-                    (folder, subject, date, number, flagged, asked, due_at, changed_at,
-                     waiting_since)
-                VALUES (:folder, :subject, :date, :number, :flagged, :asked, :due_at, :now, :now)
+                    (folder, subject, date, number, flagged, asked, due_at, first_seen_at,
+                     changed_at, waiting_since)
+                VALUES (:folder, :subject, :date, :number, :flagged, :asked, :due_at, :now, :now,
+                        :now)
                 ON CONFLICT (folder) DO UPDATE SET
                     flagged    = flagged OR :flagged,
                     asked      = asked OR :asked,
@@ -476,10 +509,11 @@ class Journal:
     ) -> None:
         """Give a claimed session back in its next state; what came up meanwhile keeps it due.
 
-        Not where it is parked: a person is asked once, not with every file that is written.
+        Not where it is parked: a person is asked once, not with every file that is written. One
+        that waits with a hint (it may be empty) has failed; without one it only waits.
         """
         with self._write() as db:
-            db.execute(
+            given = db.execute(
                 """
                 UPDATE session SET
                     state = CASE WHEN hinted_at IS NULL OR :state = 'parked' THEN :state
@@ -507,7 +541,10 @@ class Journal:
                     "hint": hint,
                     "now": self._now(),
                 },
-            )
+            ).rowcount
+            if given and (state is not SessionState.WAITING or hint is not None):
+                failed = state is SessionState.WAITING
+                self._happened(session, Happening.FAILED if failed else Happening(state), reason)
 
     def recover(self, arrives_s: float = UNKNOWN_OUTCOME_S) -> int:
         """Put back what a process that is gone had in work; return how many sessions that were.
@@ -516,7 +553,7 @@ class Journal:
             arrives_s: How long what it sent may still take to have an effect.
         """
         with self._write() as db:
-            return db.execute(
+            sessions = db.execute(
                 """
                 UPDATE session SET state = 'waiting', doubt = 1,
                     -- files that were sent may be on their way: none is sent before they arrive;
@@ -527,9 +564,13 @@ class Journal:
                     reason = iif(eid IS NULL, reason,
                                  'regd ended while at it, and what it sent may still arrive')
                 WHERE state = 'working'
+                RETURNING id
                 """,
                 {"now": self._now(), "arrives_s": arrives_s},
-            ).rowcount
+            ).fetchall()
+            for (session,) in sessions:
+                self._happened(session, Happening.INTERRUPTED)
+        return len(sessions)
 
     def shift(self, by_s: float) -> None:
         """Keep every wait as long as it was, after the clock was set by so many seconds."""
@@ -593,17 +634,19 @@ class Journal:
     def identify(self, session: int, eid: str, *, doubt: bool) -> None:
         """Write down a session's UUID, and whether Alyx may hold datasets of it already."""
         with self._write() as db:
-            db.execute(
+            if db.execute(
                 "UPDATE session SET eid = ?, doubt = ?, creating_at = NULL"
                 " WHERE id = ? AND state = 'working'",
                 (eid, doubt, session),
-            )
+            ).rowcount:
+                self._happened(session, Happening.FOUND if doubt else Happening.CREATED, eid)
 
     def forget_alyx(self, session: int) -> None:
         """Forget what was known of a session on Alyx, where it is no longer."""
         with self._write() as db:
             db.execute("UPDATE session SET eid = NULL, doubt = 1 WHERE id = ?", (session,))
             db.execute("DELETE FROM file WHERE session_id = ? AND state <> 'placing'", (session,))
+            self._happened(session, Happening.LOST)
 
     def set_doubt(self, session: int, doubt: bool) -> None:
         """Note whether Alyx may hold datasets of the session that the journal does not know."""
@@ -613,7 +656,10 @@ class Journal:
     def unflagged(self, session: int) -> None:
         """Note that the session's flag is gone."""
         with self._write() as db:
-            db.execute("UPDATE session SET flagged = 0 WHERE id = ?", (session,))
+            if db.execute(
+                "UPDATE session SET flagged = 0 WHERE id = ? AND flagged", (session,)
+            ).rowcount:
+                self._happened(session, Happening.UNFLAGGED)
 
     def retry(self, folder: str | None) -> int:
         """Put parked and held sessions back to work, with their refused files.
@@ -645,7 +691,76 @@ class Journal:
                     " WHERE session_id = ? AND state = 'registered'",
                     sessions,
                 )
+            for (session,) in sessions:
+                self._happened(session, Happening.RESUMED)
         return len(sessions)
+
+    def forget(self, session: int) -> None:
+        """Forget a session with its files and its history.
+
+        Raises:
+            NeedsHuman: It is in work, or one of its files is being moved: only the journal knows
+                where from and where to.
+        """
+        with self._write() as db:
+            ((folder, state),) = db.execute(
+                "SELECT folder, state FROM session WHERE id = ?", (session,)
+            ).fetchall()
+            if state == SessionState.WORKING:
+                hint = "wait until regd has done with it, or stop regd"
+                raise NeedsHuman(f"{folder} is being worked on", hint=hint)
+            if moving := db.execute(
+                "SELECT path FROM file WHERE session_id = ? AND state = 'placing'", (session,)
+            ).fetchone():
+                raise NeedsHuman(
+                    f"the move of {folder}/{moving[0]} into a revision folder has not ended, and"
+                    " only the journal knows of it",
+                    hint=f"let regd end it: regd retry {folder}",
+                )
+            db.execute("DELETE FROM session WHERE id = ?", (session,))
+
+    def _happened(
+        self, session: int, name: Happening, about: str | None = None, target: str | None = None
+    ) -> None:
+        """Add to a session's history, within a transaction."""
+        values = {
+            "id": session,
+            "name": name,
+            "about": about,
+            "target": target,
+            "now": self._now(),
+            "kept": _EVENTS,
+        }
+        last = "(SELECT max(number) FROM event WHERE session_id = :id)"
+        again = self._db.execute(
+            f"UPDATE event SET times = times + 1, last_at = :now WHERE session_id = :id"  # noqa: S608
+            f" AND number = {last} AND name = :name AND about IS :about AND target IS :target",
+            values,
+        ).rowcount
+        if again:
+            return
+        self._db.execute(
+            "INSERT INTO event (session_id, number, name, about, target, first_at, last_at)"  # noqa: S608
+            f" VALUES (:id, coalesce({last}, 0) + 1, :name, :about, :target, :now, :now)",
+            values,
+        )
+        if name is not Happening.MOVED:
+            self._db.execute(
+                f"DELETE FROM event WHERE session_id = :id AND number <= {last} - :kept"  # noqa: S608
+                " AND name <> 'moved'",
+                values,
+            )
+
+    def history(self, session: int) -> list[EventRow]:
+        """Return what happened to a session, the first first."""
+        return [
+            EventRow(Happening(name), *rest)
+            for name, *rest in self._rows(
+                "SELECT name, about, target, times, first_at, last_at FROM event"
+                " WHERE session_id = ? ORDER BY number",
+                session,
+            )
+        ]
 
     def session(self, folder: str) -> SessionRow | None:
         """Return the session of that folder, or None."""
@@ -680,19 +795,51 @@ class Journal:
             )
         ]
 
+    def find(self, name: str, limit: int = 20) -> list[SessionRow]:
+        """Return the sessions that a person may mean, the latest date first.
+
+        Args:
+            name: A UUID; or subject, date and number; or how a folder ends; or, if none ends so,
+                any part of one: whole names, with '/' between them.
+            limit: The most that are returned.
+        """
+        try:
+            subject, date, number = parse_session(tuple(name.split("/"))[-3:]).key
+        except InvalidPath:
+            pass
+        else:
+            if rows := self._find("(subject, date, number) = (?, ?, ?)", subject, date, number):
+                return rows
+        return (
+            self._find("eid = ?", name.lower())
+            or self._find("substr('/' || folder, -length(?1) - 1) = '/' || ?1", name, limit=limit)
+            or self._find("instr('/' || folder || '/', '/' || ? || '/')", name, limit=limit)
+        )
+
+    def _find(self, where: str, *values: Any, limit: int = 1) -> list[SessionRow]:
+        return [
+            _session(row)
+            for row in self._rows(
+                f"SELECT {_SESSION_COLUMNS} FROM session WHERE {where}"  # noqa: S608
+                " ORDER BY date DESC, folder LIMIT ?",
+                *values,
+                limit,
+            )
+        ]
+
     # --- files -----------------------------------------------------------------------------------
 
-    def file_counts(self, sessions: Sequence[int]) -> dict[int, dict[FileState, int]]:
-        """Return how many files some sessions have in each state that any of theirs is in."""
-        counts: dict[int, dict[FileState, int]] = {session: {} for session in sessions}
+    def file_totals(self, sessions: Sequence[int]) -> dict[int, dict[FileState, tuple[int, int]]]:
+        """Return how many files, of how many bytes, some sessions have in each state."""
+        totals: dict[int, dict[FileState, tuple[int, int]]] = {session: {} for session in sessions}
         rows = self._rows(
-            "SELECT session_id, state, count(*) FROM file"
+            "SELECT session_id, state, count(*), sum(size) FROM file"
             " WHERE session_id IN (SELECT value FROM json_each(?)) GROUP BY session_id, state",
             json.dumps(sessions),
         )
-        for session, state, count in rows:
-            counts[session][FileState(state)] = count
-        return counts
+        for session, state, count, size in rows:
+            totals[session][FileState(state)] = count, size
+        return totals
 
     def files(self, session: int) -> dict[str, FileRow]:
         """Return what is known of a session's files, by their path below it."""
@@ -755,6 +902,12 @@ class Journal:
                 ],
             )
 
+    def moved(self, session: int, path: str, row: FileRow) -> None:
+        """Write a file as it is after its move from `path`."""
+        with self._write():
+            self.write_files(session, [row], [path])
+            self._happened(session, Happening.MOVED, path, row.path)
+
     def files_in(self, *states: FileState, hinted: bool = False) -> list[tuple[str, FileRow]]:
         """Return every file in those states, with its session's folder.
 
@@ -792,6 +945,11 @@ class Journal:
         """Forget what a whole scan of that number has not seen again."""
         with self._write() as db:
             db.execute("DELETE FROM stray WHERE scan < ?", (scan,))
+
+    def forget_stray(self, path: str) -> bool:
+        """Forget what lies outside any session; return whether it was known."""
+        with self._write() as db:
+            return bool(db.execute("DELETE FROM stray WHERE path = ?", (path,)).rowcount)
 
     def strays(self) -> list[tuple[str, str, str]]:
         """Return path, reason and hint of all that lies outside any session."""

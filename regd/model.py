@@ -45,6 +45,30 @@ class FileState(StrEnum):
     REFUSED = "refused"
 
 
+class Happening(StrEnum):
+    """What the journal remembers of a session, for people."""
+
+    CREATED = "created"
+    """on Alyx, by regd"""
+    FOUND = "found"
+    """on Alyx"""
+    LOST = "lost"
+    """Alyx has it no longer"""
+    FAILED = "failed"
+    """to be tried again"""
+    HELD = "held"
+    PARKED = "parked"
+    RESUMED = "resumed"
+    """put back to work after it was mended, renamed or removed"""
+    INTERRUPTED = "interrupted"
+    """regd ended while at it"""
+    MOVED = "moved"
+    """one of its files, into a revision folder"""
+    UNFLAGGED = "unflagged"
+    """the flag is gone"""
+    DONE = "done"
+
+
 @dataclass(frozen=True, slots=True)
 class SessionPath:
     """A session folder, by the parts of its ALF path.

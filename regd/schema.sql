@@ -24,6 +24,7 @@ CREATE TABLE session (
     looked      INTEGER NOT NULL DEFAULT 0,    -- how often Alyx was asked for it in vain, while held
     reason      TEXT,                          -- why it waits, is held or parked
     hint        TEXT,                          -- what a person can do about it
+    first_seen_at REAL  NOT NULL,
     changed_at  REAL    NOT NULL,
     waiting_since REAL,                        -- when its work came up, attempts and waits included
     UNIQUE (subject, date, number),
@@ -53,6 +54,23 @@ CREATE TABLE file (
     CHECK (state <> 'refused' OR reason IS NOT NULL)
 ) WITHOUT ROWID;
 CREATE INDEX file_state ON file (state, session_id) WHERE state <> 'registered';
+
+-- What happened to each session, to be told. What happens again at once only adds to its row, and the
+-- oldest rows go; but each move is kept, as is the file that came of it.
+CREATE TABLE event (
+    session_id  INTEGER NOT NULL REFERENCES session (id) ON DELETE CASCADE,
+    number      INTEGER NOT NULL,              -- in the order that things happened, whatever the clock
+    name        TEXT    NOT NULL
+                CHECK (name IN ('created', 'found', 'lost', 'failed', 'held', 'parked', 'resumed',
+                                'interrupted', 'moved', 'unflagged', 'done')),
+    about       TEXT,                          -- the UUID, the reason, or the path that was moved
+    target      TEXT,                          -- the path it was moved to
+    times       INTEGER NOT NULL DEFAULT 1,
+    first_at    REAL    NOT NULL,
+    last_at     REAL    NOT NULL,
+    PRIMARY KEY (session_id, number),
+    CHECK ((name = 'moved') = (target IS NOT NULL))
+) WITHOUT ROWID;
 
 -- What lies below the data root in no session.
 CREATE TABLE stray (

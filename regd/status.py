@@ -138,7 +138,7 @@ def _sessions(journal: Journal, state: SessionState) -> list[Report]:
 
 
 def _shown(journal: Journal, rows: Sequence[SessionRow]) -> list[Report]:
-    in_files = journal.file_counts([row.id for row in rows])
+    totals = journal.file_totals([row.id for row in rows])
     return [
         {
             "session": row.folder,
@@ -148,7 +148,9 @@ def _shown(journal: Journal, rows: Sequence[SessionRow]) -> list[Report]:
             "attempt": row.attempt,
             "due_at": row.due_at,
             "since": row.waiting_since or row.changed_at,
-            "files": {str(state): count for state, count in in_files[row.id].items()},
+            "files": {str(state): count for state, (count, _) in totals[row.id].items()},
+            "size_bytes": sum(size for _, size in totals[row.id].values()),
+            "registered_bytes": totals[row.id].get(FileState.REGISTERED, (0, 0))[1],
             "reason": row.reason,
             "hint": row.hint,
         }

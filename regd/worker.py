@@ -880,7 +880,7 @@ class Worker:
             reason=None,
             hint=None,
         )
-        self.journal.write_files(row.id, [new], [intent.path])
+        self.journal.moved(row.id, intent.path, new)
         _log.info("file.moved", path=intent.path, target=new.path)
         return new
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from regd import journal as journal_module
 from regd.errors import InvalidInput, JournalDamaged, JournalFailed, NeedsHuman
 from regd.journal import FILE_NAME, SCHEMA_VERSION, UNKNOWN_OUTCOME_S, FileRow, Journal
-from regd.model import FileState, SessionPath, SessionState, Signature
+from regd.model import FileState, Happening, SessionPath, SessionState, Signature
 from regd.paths import parse_session
 
 WAITING, WORKING, DONE, HELD, PARKED = SessionState
@@ -829,21 +830,70 @@ def test_reading_needs_a_journal(file: Path, clock: Clock) -> None:
     assert not file.exists()
 
 
-def test_a_journal_of_another_version_is_refused(file: Path, clock: Clock) -> None:
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_journal_of_a_newer_version_is_refused(file: Path, clock: Clock, read_only: bool) -> None:
     with Journal(file, now=clock) as journal:
         journal._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     before = file.read_bytes()
-    with pytest.raises(NeedsHuman, match=f"another version.*{SCHEMA_VERSION + 1}") as caught:
-        Journal(file, now=clock)
+    with pytest.raises(NeedsHuman, match=f"newer version.*{SCHEMA_VERSION + 1}") as caught:
+        Journal(file, now=clock, read_only=read_only)
     assert caught.value.hint
     assert file.read_bytes() == before
 
 
-def test_a_journal_of_another_version_is_not_read_either(file: Path, clock: Clock) -> None:
+@pytest.fixture
+def next_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """A way to have this be the regd after this one, whose schema has one column more."""
+
+    def upgrade(step: str) -> None:
+        newer = journal_module._schema().replace(
+            "    eid         TEXT,", "    eid TEXT,\n    colour TEXT,"
+        )
+        monkeypatch.setattr(journal_module, "_schema", lambda: newer)
+        monkeypatch.setattr(journal_module, "_STEPS", (*journal_module._STEPS, step))
+        monkeypatch.setattr(journal_module, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+        journal_module._columns_wanted.cache_clear()
+
+    yield upgrade
+    monkeypatch.undo()
+    journal_module._columns_wanted.cache_clear()
+
+
+def test_a_journal_of_an_older_version_is_brought_up_to_date(
+    file: Path, clock: Clock, next_version: Callable[[str], None]
+) -> None:
     with Journal(file, now=clock) as journal:
-        journal._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    with pytest.raises(NeedsHuman, match="another version"):
+        note(journal)
+    next_version(
+        "ALTER TABLE session ADD COLUMN colour TEXT;\nUPDATE session SET colour = 'red';\n"
+    )
+    with pytest.raises(NeedsHuman, match="older version") as caught:
         Journal(file, now=clock, read_only=True)
+    assert "regd scan" in caught.value.hint
+    for _ in range(2):
+        with Journal(file, now=clock) as journal:
+            assert row_of(journal).state is WAITING
+            assert journal._db.execute("SELECT colour FROM session").fetchall() == [("red",)]
+    Journal(file, now=clock, read_only=True).close()
+
+
+@pytest.mark.parametrize(
+    "step", ["ALTER TABLE no_such_table ADD COLUMN colour TEXT;\n", "DROP TABLE request;\n"]
+)
+def test_an_older_journal_with_other_tables_is_damaged(
+    file: Path, clock: Clock, next_version: Callable[[str], None], step: str
+) -> None:
+    with Journal(file, now=clock) as journal:
+        note(journal)
+    next_version(step)
+    with pytest.raises(JournalDamaged):
+        Journal(file, now=clock)
+    with Journal(file.with_name("copy"), now=clock) as new:  # one that is made new is complete
+        new._db.execute("SELECT colour FROM session")
+    with sqlite3.connect(file) as db:  # and that one is as it was
+        assert db.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        assert db.execute("SELECT count(*) FROM request").fetchone() == (0,)
+    db.close()
 
 
 @pytest.mark.parametrize("content", [b"not a database, but a text " * 50, bytes(range(256)) * 32])
@@ -1076,8 +1126,8 @@ def test_what_is_counted_and_listed_for_people(journal: Journal) -> None:
     rows = [ready("r"), replace(ready("s"), state=FileState.SETTLING)]
     slow = replace(ready("t"), state=FileState.SETTLING, reason="it grows", hint="close it")
     journal.write_files(ids[0], [*rows, slow])
-    assert journal.file_counts([*ids, 99]) == {
-        ids[0]: {FileState.READY: 1, FileState.SETTLING: 2},
+    assert journal.file_totals([*ids, 99]) == {
+        ids[0]: {FileState.READY: (1, 3), FileState.SETTLING: (2, 6)},
         ids[1]: {},
         99: {},
     }
@@ -1086,3 +1136,130 @@ def test_what_is_counted_and_listed_for_people(journal: Journal) -> None:
     queued = (FileState.SETTLING, FileState.READY)
     assert len(journal.files_in(*queued)) == 3
     assert [row.path for _, row in journal.files_in(*queued, hinted=True)] == ["t"]
+
+
+# --- what is told of one session -----------------------------------------------------------------
+
+
+def told(journal: Journal, session: SessionPath = A) -> list[tuple[str, str | None, int]]:
+    return [(e.name, e.about, e.times) for e in journal.history(row_of(journal, session).id)]
+
+
+def test_the_history_of_a_session(journal: Journal, clock: Clock) -> None:
+    """What happens again at once makes no further row, and waiting for a writer is no event."""
+    note(journal, flagged=True)
+    for clock.now in (1010.0, 1020.0, 1030.0):
+        claim_and_release(journal, WAITING, due_at=clock.now + 10, reason="no answer", hint="")
+    clock.now = 1040.0
+    row = journal.claim()
+    assert row
+    journal.identify(row.id, "e", doubt=False)
+    journal.unflagged(row.id)
+    journal.unflagged(row.id)
+    journal.moved(row.id, "a.npy", replace(ready("#2020-01-02#/a.npy"), md5="0" * 32))
+    journal.release(row.id, WAITING, due_at=1050.0, reason="files are being written")
+    clock.now = 1050.0
+    assert journal.claim()
+    journal.recover(0.0)
+    for state in (DONE, PARKED):
+        clock.now += 10.0
+        note(journal, due_at=clock.now)
+        claim_and_release(journal, state)
+    journal.retry(None)
+    assert told(journal) == [
+        ("failed", "no answer", 3),
+        ("created", "e", 1),
+        ("unflagged", None, 1),
+        ("moved", "a.npy", 1),
+        ("interrupted", None, 1),
+        ("done", None, 1),
+        ("parked", "because", 1),
+        ("resumed", None, 1),
+    ]
+    first, *_, moved, _, _, _, last = journal.history(row.id)
+    assert (first.first_at, first.last_at) == (1010.0, 1030.0)
+    assert (moved.about, moved.target) == ("a.npy", "#2020-01-02#/a.npy")
+    assert last.last_at == 1070.0
+    assert row_of(journal).first_seen_at == 1000.0
+    assert list(journal.files(row.id)) == ["#2020-01-02#/a.npy"]
+
+
+def test_a_history_has_an_end(journal: Journal) -> None:
+    note(journal)
+    session = row_of(journal).id
+    for number in range(500):
+        journal.moved(session, f"{number}", ready(f"#r#/{number}"))
+        assert journal.claim()
+        journal.release(session, WAITING, due_at=0.0, reason=f"failure {number}", hint="")
+    kept = journal.history(session)
+    assert sum(e.name is Happening.MOVED for e in kept) == 500
+    assert len(kept) <= 500 + 200
+    assert kept[-1].about == "failure 499"
+
+
+def test_every_happening_of_the_model_is_one_of_the_schema(journal: Journal) -> None:
+    note(journal)
+    for name in Happening:
+        target = "x" if name is Happening.MOVED else None
+        journal._happened(row_of(journal).id, name, "a", target)
+
+
+def test_what_a_person_may_call_a_session(journal: Journal) -> None:
+    one = path_of(1, "mouse_1", "lab")
+    two = parse_session(("lab", "Subjects", "mouse_1", "2020-01-02", "001"))
+    other = path_of(1, "mousex1")
+    for session in (one, two, other):
+        note(journal, session)
+    row = journal.claim()
+    assert row
+    journal.identify(row.id, "6B0F".lower(), doubt=True)
+
+    def found(name: str) -> list[str]:
+        return [row.folder for row in journal.find(name)]
+
+    assert found("6B0F") == [row.folder]
+    for name in (
+        one.folder,
+        "mouse_1/2020-01-01/001",
+        "mouse_1/2020-01-01/1",
+        "mouse_1/2020-01-01",
+    ):
+        assert found(name) == [one.folder], name
+    assert found("2020-01-01/001") == [one.folder, other.folder]
+    assert found("mouse_1") == found("lab/Subjects") == [two.folder, one.folder]
+    assert found("001") == [two.folder, one.folder, other.folder]
+    for name in ("mouse", "1", "MOUSE_1", "", "%", "/", "2020-01-03/001"):
+        assert found(name) == [], name
+    assert len(journal.find("001", limit=2)) == 2
+
+
+def test_forgetting(journal: Journal) -> None:
+    note(journal)
+    note(journal, B)
+    session = row_of(journal).id
+    journal.write_files(session, [ready("a")])
+    claim_and_release(journal, PARKED)
+    journal.forget(session)
+    assert journal.session(A.folder) is None
+    assert journal.history(session) == []
+    assert journal.files(session) == {}
+    assert row_of(journal, B).state is WAITING
+    assert journal.write_strays(1, [("x", "why", "do")])
+    assert journal.forget_stray("x")
+    assert not journal.forget_stray("x")
+    assert journal.strays() == []
+
+
+def test_what_is_in_work_or_being_moved_is_not_forgotten(journal: Journal) -> None:
+    note(journal)
+    row = journal.claim()
+    assert row
+    with pytest.raises(NeedsHuman, match="worked on"):
+        journal.forget(row.id)
+    placing = replace(ready("a"), state=FileState.PLACING, move_to="#r#/a")
+    journal.write_files(row.id, [placing])
+    journal.release(row.id, PARKED, reason="r", hint="h")
+    with pytest.raises(NeedsHuman, match=r"a/2020-01-01/001/a .* not ended") as caught:
+        journal.forget(row.id)
+    assert "regd retry" in caught.value.hint
+    assert journal.files(row.id)["a"].move_to == "#r#/a"
