@@ -15,7 +15,7 @@
 # too: chown the volume once, or bind a folder of theirs.
 #
 # Files are noticed at once only if the recordings are on a disk of the machine that runs the
-# container. For a network drive set watch.observer to polling; the scan finds everything anyway.
+# container. On a network drive regd goes by scans, which find everything.
 
 FROM python:3.12-slim AS build
 WORKDIR /src

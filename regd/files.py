@@ -22,6 +22,7 @@ from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 from typing import Any, NamedTuple
 
+from regd import mounts
 from regd.errors import FileChanged, FileHeld, NeedsHuman, PathTaken
 from regd.model import Signature
 from regd.paths import OWNER_FILE, Ignored, parse_dataset
@@ -35,10 +36,6 @@ _LONGEST_FOLDER = 255  # characters; ALF allows no more, and each level keeps a 
 _NOTHING = Ignored(())
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
-# The f_type (statfs(2)) of NFS and of the three clients for Windows shares.
-_REMOTE = {0x6969, 0x517B, 0xFF534D42, 0xFE534D42}
-_LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x2FC12FC1, 0xF2F52010, 0x01021994, 0x794C7630}
-"""Those of ext2 to ext4, XFS, Btrfs, ZFS, F2FS, tmpfs and overlayfs."""
 
 
 class Found(NamedTuple):
@@ -272,13 +269,13 @@ def is_open_for_writing(file: FileIO) -> bool | None:
 
 def is_local(number: int) -> bool:
     """Say whether an open file is surely on a disk of this computer, which no other one sees."""
-    return _file_system(number) in _LOCAL
+    return _file_system(number) in mounts.LOCAL_TYPES
 
 
 def _is_remote(number: int) -> bool:
     """Say whether a file is on a network drive that refuses a lease for reasons of its own."""
     kind = _file_system(number)
-    return kind is None or kind in _REMOTE
+    return kind is None or kind in mounts.NETWORK_TYPES
 
 
 def _file_system(number: int) -> int | None:

@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from regd import mounts
 from regd.alyx import AlyxClient
 from regd.errors import (
     DataRootAway,
@@ -228,6 +229,8 @@ class Service:
             for kind in ("alyx", "root")
         }
         self._watcher: Watcher | None = None
+        self._watching: mounts.Watching | None = None
+        self._scan_took_s = 0.0
         self._watch_trouble = Recurring(
             _log, "watch.failed", "watch.mended", every_s=_REMIND_S, clock=clock
         )
@@ -633,10 +636,26 @@ class Service:
 
     # --- the loop --------------------------------------------------------------------------------
 
+    def _choose(self) -> mounts.Watching:
+        """Return how to notice changes; it may be another disk that is mounted now."""
+        wanted = self.settings.watch.observer
+        chosen = mounts.choose(wanted, PurePosixPath(self.root), mounts.read())
+        if chosen != self._watching:
+            _log.info(
+                "watch.chosen",
+                observer=chosen.observer,
+                file_system=chosen.file_system,
+                scans_sooner=chosen.scans_sooner,
+                reason=chosen.reason or f"watch.observer is {wanted}",
+            )
+        self._watching = chosen
+        return chosen
+
     def _watch(self) -> Watcher | None:
-        if self.settings.watch.observer == "none":
+        observer = self._choose().observer
+        if observer == "none":
             return None
-        watcher = Watcher(self.root, self.settings.watch.observer, self._hints)
+        watcher = Watcher(self.root, observer, self._hints)
         started_at = self._clock()
         try:
             watcher.start()
@@ -669,8 +688,9 @@ class Service:
                 next_scan_at = self._clock()
                 if identity is None:
                     self._close_gate(DataRootAway(f"the data root {self.root} is gone"))
-                elif self._watcher is not None:  # another folder is there now: watch that
-                    self._watcher.stop()
+                else:  # another folder is there now: watch that
+                    if self._watcher is not None:
+                        self._watcher.stop()
                     self._watcher = self._watch()
             if self._watcher is not None and not self._watcher.is_alive():
                 _log.error("watch.died", reason="the watcher ended by itself: a new one is started")
@@ -686,7 +706,7 @@ class Service:
                 self.journal.finish_scans()
                 with self.worker.stillness_lock:
                     self.worker.stillness.expire(self._clock())
-                next_scan_at = self._clock() + self.settings.scan.every_s
+                next_scan_at = self._clock() + self._pause_s()
                 everything = False
             overflow = self._take_hints()
             if overflow:
@@ -721,6 +741,7 @@ class Service:
         self._tell()
         if below:
             return
+        self._scan_took_s = self._clock() - started_at
         _log.info(
             "scan.finished",
             sessions=result.sessions,
@@ -728,8 +749,12 @@ class Service:
             noted=len(result.noted),
             strays=len(result.strays),
             backlog_sessions=result.backlog_sessions,
-            took_s=round(self._clock() - started_at, 3),
+            took_s=round(self._scan_took_s, 3),
         )
+
+    def _pause_s(self) -> float:
+        every_s = self.settings.scan.every_s
+        return self._watching.pause_s(every_s, self._scan_took_s) if self._watching else every_s
 
     def _take_hints(self) -> bool:
         """Wait for hints for one tick at most, do what they say; return True on an overflow."""

@@ -299,7 +299,10 @@ class ScanSettings(_Section):
     """The walk through the whole data folder that finds what no event told of."""
 
     every_s: Annotated[Seconds, Field(gt=0)] = Field(
-        default=600, description="Seconds from one scan of the data folder to the next."
+        default=600,
+        description="Most seconds from one scan of the data folder to the next. Where the kernel "
+        "does not tell of all changes (network drives, FUSE), scans come sooner: after 30 s, or "
+        "ten times as long as the last one took.",
     )
     backlog_days: Annotated[Seconds, Field(ge=0)] = Field(
         default=14,
@@ -314,8 +317,9 @@ class WatchSettings(_Section):
     observer: Annotated[Literal["auto", "inotify", "polling", "none"], BeforeValidator(_lower)] = (
         Field(
             default="auto",
-            description="How changes are noticed: `inotify` for local disks, `polling` for network "
-            "drives, `none` for scans alone, `auto` to choose.",
+            description="How changes are noticed: `inotify` (the kernel tells), `polling` "
+            "(listings are compared every 5 s, for small folders), `none` (scans alone), or "
+            "`auto`: `inotify` on local disks, scans alone on network drives and FUSE.",
         )
     )
     ignore: Texts = Field(

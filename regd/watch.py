@@ -90,7 +90,7 @@ class Watcher:
 
     Args:
         root: The data root, resolved.
-        observer: 'auto' or 'inotify' for the kernel's events, 'polling' to compare listings.
+        observer: 'inotify' for the kernel's events, 'polling' to compare listings.
         hints: The queue.
     """
 

@@ -26,7 +26,7 @@ PURE = ["model", "records", "errors", "paths", "datasettypes", "settle", "revisi
 # A module may import those before it, never those after it.
 ORDER = [
     *PURE,
-    *["settings", "logs", "counts", "files", "owner", "journal", "alyx", "watch", "scan"],
+    *["settings", "logs", "counts", "mounts", "files", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service", "status", "screen", "sandbox", "demo"],
     *["cli", "__main__"],
 ]
