@@ -1,25 +1,55 @@
-"""The pages say what is: tables and examples are held to the code, and links lead somewhere."""
+"""The pages say what is: they are held to the code, their links lead somewhere, their commands run.
+
+`tests/pages.py` takes the pages apart and is the place where commands run; `tests/stand_in.py` is
+what they meet there instead of sudo, systemctl and the like.
+"""
 
 from __future__ import annotations
 
+import configparser
 import importlib
 import inspect
+import json
 import operator
 import re
+import shlex
+import tempfile
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 
+from regd.cli import app
 from regd.model import FileState, SessionState
 from regd.sandbox.server import Server
-from regd.settings import markdown_table
-from tests.test_layout import ORDER
+from regd.settings import load, markdown_table
+from tests.conftest import INITIAL
+from tests.pages import (
+    DOCS,
+    PAGES,
+    PROJECT,
+    Place,
+    anchors,
+    blocks,
+    commands,
+    links,
+    prose,
+    spans,
+)
+from tests.rig import DATASETS, Lab, write
+from tests.test_layout import COMMANDS, ORDER, accepts
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "bench/RESULTS.md"))]
-PAGES += sorted(DOCS.glob("*.md"))
+
+def name_of(page: Path) -> str:
+    return page.relative_to(PROJECT).as_posix()
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+# --- what is held to the code --------------------------------------------------------------------
 
 
 def between(mark: str) -> str:
@@ -35,7 +65,7 @@ def test_settings_table() -> None:
 
 def test_events_table() -> None:
     """Every event that the daemon's code can log is in the table, and nothing else."""
-    daemon = [ROOT / "regd" / f"{m}.py" for m in ("service", "worker", "scan", "alyx")]
+    daemon = [PROJECT / "regd" / f"{m}.py" for m in ("service", "worker", "scan", "alyx")]
     code = "\n".join(path.read_text() for path in daemon)
     logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
     for kind in ("alyx", "root"):
@@ -57,7 +87,7 @@ def test_promises() -> None:
         named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line)
         assert named, line
         for file, test in named:
-            assert f"def {test}(" in (ROOT / "tests/chaos" / file).read_text(), test
+            assert f"def {test}(" in (PROJECT / "tests/chaos" / file).read_text(), test
 
 
 @pytest.mark.parametrize(
@@ -88,13 +118,168 @@ def test_library_example(sandbox: Server, tmp_path: Path) -> None:
     known["alyx"].close()
 
 
-def links(page: Path) -> list[str]:
-    """Return the targets of a page's links that lead to files of this repository."""
-    return re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
+# --- the pages themselves ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_links_lead_somewhere(page: Path) -> None:
     for target in links(page):
-        file = target.split("#")[0]
-        assert (page.parent / file).exists(), target
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.is_relative_to(PROJECT), target
+        assert there.exists(), target
+        if anchor:
+            assert there.suffix == ".md", target
+            assert anchor in anchors(there), target
+
+
+@each_page
+def test_images_say_what_they_show(page: Path) -> None:
+    for words, file in re.findall(r"!\[(.*?)\]\((.*?)\)", prose(page), re.S):
+        assert len(words) > 20, file
+        if file.endswith(".svg"):
+            drawn = (page.parent / file).read_text()
+            assert "<title" in drawn
+            assert "<desc" in drawn
+    assert "<img" not in page.read_text()
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    found, ahead = set(), [PROJECT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        if page not in found:
+            found.add(page)
+            targets = ((page.parent / target.split("#")[0]).resolve() for target in links(page))
+            ahead += [target for target in targets if target.suffix == ".md"]
+    assert set(PAGES) <= found
+
+
+@each_page
+def test_form(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert len(re.findall(r"^# ", prose(page), re.M)) == 1
+    assert lines[0].startswith("# ")
+    assert len(lines) <= 250
+    assert page.read_text().count("\n```") % 2 == 0
+
+
+# --- what can be typed ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, lab: Lab) -> Iterator[Place]:
+    place = Place(tmp_path, lab)
+    try:
+        yield place
+    finally:
+        place.end()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if any(b.language in ("sh", "console") for b in blocks(p))],
+    ids=name_of,
+)
+def test_blocks_of_commands(page: Path, place: Place) -> None:
+    """Every block of commands runs, one after the other, as a person would who reads the page."""
+    for block in blocks(page):
+        if block.language == "sh":
+            place.run(block.text)
+        elif block.language == "console":
+            for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block.text, re.M):
+                pattern = re.escape(shown.strip()).replace("…", ".*")
+                assert re.fullmatch(pattern, place.run(command).strip(), re.S), command
+
+
+@each_page
+def test_every_block_is_held_to_something(page: Path) -> None:
+    """There is no block of a kind that no test looks into."""
+    marked = re.findall(r"<!-- ([\w ]+) -->\n```text\n", page.read_text())
+    for language, text, line in blocks(page):
+        where = f"{page.name}:{line}"
+        if language == "text":
+            assert marked, f"{where}: put marks around it, and hold it to the code"
+            marked.pop(0)
+        elif language == "yaml":
+            check_yaml(text)
+        elif language == "json":
+            json.loads(text)
+        elif language == "ini":
+            sections = configparser.RawConfigParser(strict=False)
+            sections.read_string(text)
+            assert set(sections) <= {"DEFAULT", "Unit", "Service", "Install"}, where
+        elif language == "python":
+            assert page.name == "library.md", f"{where}: no test runs it"
+        else:
+            assert language in ("sh", "console"), f"{where}: no test knows {language!r}"
+
+
+def check_yaml(text: str) -> None:
+    """Raise if it is neither settings that regd takes nor a part of a known other file."""
+    keys = set(yaml.safe_load(text))
+    if not keys <= {"scrape_configs", "services", "rule_files"}:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "regd.yaml"
+            file.write_text(text)
+            load(file)
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A rig that has recorded a session, and registered it, with nothing left to do."""
+    with Server(load=INITIAL, rate_limit=None) as server:
+        lab = Lab(server.url, "rig_user", "rig-password", "ZM_1085", "mainenlab", "mainenlab_local")
+        with lab.client:
+            place = Place(tmp_path_factory.mktemp("worked"), lab)
+            place.run("python3 -m venv /opt/regd && /opt/regd/bin/pip install . && useradd regd")
+            place.run("install -d /etc/regd && install -m 0600 /dev/null /etc/regd/token")
+            place.run("install -m 0644 config/regd.yaml /etc/regd/regd.yaml")
+            place.run("install -m 0644 systemd/regd.service /etc/systemd/system/regd.service")
+            write(place.root / "data/recordings" / SESSION / DATASETS[0], b"a recording")
+            (place.root / "data/recordings" / SESSION / "create_me.flag").touch()
+            place.environment["REGD_ALYX__PASSWORD"] = lab.password
+            place.run("regd scan")
+            try:
+                yield place
+            finally:
+                place.end()
+
+
+SESSION = "mainenlab/Subjects/ZM_1085/2026-01-31/001"
+TYPED = sorted({command for page in PAGES for command in commands(page)})
+
+
+@pytest.mark.parametrize("command", TYPED)
+def test_commands_in_sentences(command: str, worked: Place) -> None:
+    words = shlex.split(command.replace("SESSION", SESSION).replace("FILE", "/etc/regd/regd.yaml"))
+    if words[0] == "regd":
+        accepts(words[1:])
+        if len(words) == 2 or words[1] in ("run", "sandbox", "demo"):
+            return  # it is spoken of; blocks, and tests of their own, run it
+    worked.run(shlex.join(words))
+
+
+def test_options_in_sentences() -> None:
+    """An option that a page speaks of is one of some command."""
+    group = typer.main.get_command(app)
+    known = {"--help", "--version"}
+    for command in group.commands.values():
+        known |= {name for parameter in command.params for name in parameter.opts}
+    for page in PAGES:
+        for span in spans(page):
+            if span.startswith("-"):
+                assert span.split()[0] in known, f"{page.name}: {span}"
+
+
+def test_every_command_and_option_is_told() -> None:
+    rows = re.findall(r"^\| `regd (\w+)", (DOCS / "commands.md").read_text(), re.M)
+    assert sorted(set(rows)) == COMMANDS
+    text = "\n".join(page.read_text() for page in PAGES)
+    for name, command in typer.main.get_command(app).commands.items():
+        for parameter in command.params:
+            if isinstance(parameter, typer.core.TyperOption):
+                assert re.search(rf"{parameter.opts[0]}\b", text), (
+                    f"regd {name} {parameter.opts[0]}"
+                )

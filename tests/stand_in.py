@@ -1,0 +1,288 @@
+"""What the commands of the documentation meet in a test: `python stand_in.py NAME ARGUMENT...`.
+
+A program that would change the computer (sudo, systemctl, useradd, pip, docker, ...) is stood in
+for by this one, which takes what the real one takes, no more, and does what can be done below
+$FAKE_ROOT: `systemctl start regd` starts the daemon as the installed unit says. Programs that go on
+for ever run until they work. What is not understood ends with status 64: the test fails.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import getopt
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+NAMES = ("docker", "journalctl", "make", "pip", "python3", "regd", "sudo", "systemctl")
+NAMES += ("useradd", "userdel")
+
+ROOT = Path(os.environ.get("FAKE_ROOT", "/nowhere"))  # nothing is there until a test says where
+RUN = ROOT / "run"
+PYTHON = os.environ.get("FAKE_PYTHON", sys.executable)
+PROJECT = Path(__file__).parents[1]
+UNIT = ROOT / "etc/systemd/system/regd.service"
+LOG, PID = RUN / "journal", RUN / "regd.pid"
+STARTS_WITHIN_S = 20.0
+
+
+def refuse(what: str) -> NoReturn:
+    print(f"{NAME}: {what}", file=sys.stderr)
+    sys.exit(64)
+
+
+def options(arguments: list[str], short: str = "", *long: str) -> tuple[dict[str, str], list[str]]:
+    """Return the options that are given, of those that there are, and the other arguments."""
+    try:
+        given, others = getopt.gnu_getopt(arguments, short, list(long))
+    except getopt.GetoptError as error:
+        refuse(str(error))
+    return dict(given), others
+
+
+def leave_to(*command: str) -> NoReturn:
+    sys.stdout.flush()
+    os.execvp(command[0], command)
+
+
+# --- who may do it, and where it comes from ------------------------------------------------------
+
+
+def sudo(arguments: list[str]) -> None:
+    try:  # its own options end where the command begins
+        given, command = getopt.getopt(arguments, "u:")
+    except getopt.GetoptError as error:
+        refuse(str(error))
+    if ("-u", "regd") in given and not (RUN / "users/regd").exists():
+        refuse("there is no user regd")
+    leave_to(*command)
+
+
+def useradd(arguments: list[str]) -> None:
+    _, names = options(arguments, "", "system", "shell=", "no-create-home", "home-dir=", "groups=")
+    if len(names) != 1:
+        refuse("name one user")
+    (RUN / "users").mkdir(exist_ok=True)
+    (RUN / "users" / names[0]).touch()
+
+
+def userdel(arguments: list[str]) -> None:
+    _, names = options(arguments)
+    for name in names:
+        (RUN / "users" / name).unlink()
+
+
+def python3(arguments: list[str]) -> None:
+    if arguments[:2] != ["-m", "venv"]:
+        leave_to(PYTHON, *arguments)
+    (folder,) = arguments[2:]
+    launcher(Path(folder) / "bin", "pip")
+
+
+def pip(arguments: list[str]) -> None:
+    if arguments[:1] != ["install"]:
+        refuse("only installs here")
+    _, what = options(arguments[1:], "U", "upgrade")
+    for each in what:
+        if not (each == "." and Path("pyproject.toml").exists()):
+            refuse(f"{each} is no folder to install from")
+    launcher(Path(os.environ["FAKE_SELF"]).parent, "regd")
+
+
+def launcher(folder: Path, *names: str) -> None:
+    """Put this program under other names into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        file = folder / name
+        file.write_text(
+            f'#!/bin/sh\nFAKE_SELF="$0" exec {shlex.quote(PYTHON)} -S {shlex.quote(__file__)}'
+            f' {name} "$@"\n'
+        )
+        file.chmod(0o755)
+
+
+# --- regd ----------------------------------------------------------------------------------------
+
+
+def regd(arguments: list[str]) -> None:
+    command = [PYTHON, "-m", "regd", *arguments]
+    name = arguments[0] if arguments else ""
+    if name in ("run", "sandbox") or "--watch" in arguments:
+        until_it_works(command)
+    else:
+        leave_to(*command)
+
+
+def until_it_works(command: list[str]) -> None:
+    """Run what goes on for ever until it says something, and stop it as a person does."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    said = process.stdout.readline()
+    if not said:
+        refuse(f"{shlex.join(command)} ended with status {process.wait()}")
+    process.send_signal(signal.SIGINT)
+    sys.stdout.write(said.decode() + process.communicate()[0].decode())
+    if process.returncode not in (0, 130, -signal.SIGINT):
+        refuse(f"{shlex.join(command)} ended with status {process.returncode}")
+
+
+# --- systemd -------------------------------------------------------------------------------------
+
+
+def systemctl(arguments: list[str]) -> None:
+    given, (verb, *units) = options(arguments, "", "now", "no-pager")
+    if verb == "daemon-reload":
+        return
+    if [unit.removesuffix(".service") for unit in units] != ["regd"]:
+        refuse(f"there is no unit {' '.join(units)}")
+    if not UNIT.exists():
+        refuse(f"there is no {UNIT}")
+    if verb in ("stop", "restart") or (verb == "disable" and "--now" in given):
+        stop()
+    if verb in ("start", "restart") or (verb == "enable" and "--now" in given):
+        start()
+    elif verb == "status":
+        print("active (running)" if PID.exists() else "inactive (dead)")
+    elif verb not in ("stop", "enable", "disable", "edit"):
+        refuse(f"no verb {verb}")
+
+
+def here(path: str) -> str:
+    """Return where a path of the unit is in this test."""
+    return re.sub(r"(?<![\w.])/(?=(etc|opt|var)/)", f"{ROOT}/", path)
+
+
+def start() -> None:
+    unit = configparser.RawConfigParser(strict=False)
+    unit.read(UNIT)
+    service = unit["Service"]
+    state = ROOT / "var/lib" / service["StateDirectory"]
+    state.mkdir(parents=True, mode=0o700, exist_ok=True)
+    secrets = RUN / "credentials"
+    shutil.rmtree(secrets, ignore_errors=True)
+    secrets.mkdir(mode=0o700)
+    name, _, source = service["LoadCredential"].partition(":")
+    shutil.copy(here(source), secrets / name)
+    program, *words = shlex.split(here(service["ExecStart"]))
+    if not os.access(program, os.X_OK):
+        refuse(f"ExecStart: there is no {program}")
+    with LOG.open("a") as log:
+        process = subprocess.Popen(
+            [PYTHON, "-m", "regd", *words],
+            env={
+                **os.environ,
+                "CREDENTIALS_DIRECTORY": str(secrets),
+                "STATE_DIRECTORY": str(state),
+            },
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    PID.write_text(str(process.pid))
+    deadline = time.monotonic() + STARTS_WITHIN_S
+    while '"scan.finished"' not in LOG.read_text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            refuse(f"the service does not start: {LOG.read_text()}")
+        time.sleep(0.05)  # another process is at work
+
+
+def stop() -> None:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        pid = int(PID.read_text())
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + STARTS_WITHIN_S
+        while ") Z " not in Path(f"/proc/{pid}/stat").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)  # another process is at work
+    PID.unlink(missing_ok=True)
+
+
+def journalctl(arguments: list[str]) -> None:
+    given, others = options(arguments, "u:fben:p:o:r", "since=", "no-pager")
+    if given.get("-u", "").removesuffix(".service") != "regd" or others:
+        refuse("name the unit with -u regd")
+    print(LOG.read_text() if LOG.exists() else "-- No entries --")
+
+
+# --- docker --------------------------------------------------------------------------------------
+
+
+def docker(arguments: list[str]) -> None:
+    verb, *rest = arguments
+    if verb == "compose":
+        compose(rest)
+    elif verb == "build":
+        given, folders = options(rest, "t:f:", "tag=", "target=")
+        file = given.get("-f") or f"{' '.join(folders)}/Dockerfile"
+        if not Path(file).exists():
+            refuse(f"there is no {file}")
+    elif verb == "run":
+        flags = ("detach", "rm", "read-only", "init")
+        values = ("name", "restart", "stop-timeout", "user", "tmpfs", "cap-drop", "cap-add")
+        values += ("security-opt", "network", "env", "volume", "publish", "memory")
+        # its own options end where the image stands
+        try:
+            _, rest = getopt.getopt(rest, "dv:p:e:u:it", [*flags, *(f"{v}=" for v in values)])
+        except getopt.GetoptError as error:
+            refuse(str(error))
+        if not rest:
+            refuse("name an image")
+    elif verb in ("logs", "stop", "start", "restart", "rm", "ps", "inspect"):
+        options(rest, "f", "follow", "format=")
+    elif verb == "exec":
+        container, program, *words = rest
+        if program != "regd":
+            refuse(f"there is no {program} in {container}")
+        leave_to(PYTHON, "-m", "regd", words[0], "--help")
+    else:
+        refuse(f"no command {verb}")
+
+
+def compose(arguments: list[str]) -> None:
+    try:
+        given, (verb, *rest) = getopt.getopt(arguments, "f:p:", ["file=", "project-directory="])
+    except getopt.GetoptError as error:
+        refuse(str(error))
+    files = [value for name, value in given if name in ("-f", "--file")]
+    for file in files or ["compose.yaml"]:
+        if not Path(file).exists():
+            refuse(f"there is no {file}")
+    if verb not in (
+        "up",
+        "down",
+        "logs",
+        "ps",
+        "build",
+        "stop",
+        "start",
+        "restart",
+        "exec",
+        "config",
+    ):
+        refuse(f"no command {verb}")
+    options(rest, "dfvT", "detach", "build", "follow", "volumes", "wait")
+
+
+# --- make, pytest --------------------------------------------------------------------------------
+
+
+def make(arguments: list[str]) -> None:
+    leave_to(os.environ["FAKE_MAKE"], "--dry-run", "--no-print-directory", *arguments)
+
+
+def pytest(arguments: list[str]) -> None:
+    os.chdir(PROJECT)
+    leave_to(PYTHON, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *arguments)
+
+
+if __name__ == "__main__":
+    NAME, *ARGUMENTS = sys.argv[1:]
+    RUN.mkdir(exist_ok=True)
+    globals()[NAME](ARGUMENTS)
