@@ -13,7 +13,7 @@ from bench.measure import Bench, Line, alternate, mb, run, s
 def start(bench: Bench) -> Iterator[Line]:
     """`regd --help`, and what the daemon holds before it has begun."""
     python = [sys.executable, "-c", "pass"]
-    daemon = "import regd.cli, regd.settings, regd.logs, regd.service"
+    daemon = "import regd.__main__, regd.settings, regd.logs, regd.service"
     with bench.scratch("start") as folder:
         log = folder / "log"
         ours, theirs = alternate(

@@ -125,8 +125,15 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_daemon_loads_nothing_heavy():
-    everything = "import regd.service, regd.status, regd.cli, regd.registration"
-    assert not loaded_by(everything) & HEAVY
+    everything = "import regd.__main__, regd.service, regd.status, regd.registration"
+    assert not loaded_by(everything) & {*HEAVY, "numpy._core"}
+
+
+@pytest.mark.parametrize("use", ["from numpy import linalg", "import numpy.linalg as linalg"])
+def test_numpy_is_there_for_who_uses_it(use):
+    code = f"import regd.__main__, one.alf.spec, iblutil.util as u; {use}; import numpy as np"
+    used = f"{code}; assert linalg.norm(np.arange(5)[3:]) == 5 and u.np.arange(3).sum() == 3"
+    assert "numpy._core" in loaded_by(used)
 
 
 def test_importing_regd_loads_none_of_its_modules():
