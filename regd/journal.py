@@ -447,6 +447,16 @@ class Journal:
             )
         return None
 
+    def hurry(self, folder: str) -> None:
+        """Have a session that waits looked at as soon as it may be, or in work once more."""
+        with self._write() as db:
+            db.execute(
+                "UPDATE session SET hinted_at = iif(state = 'working', :now, hinted_at),"
+                " due_at = iif(state = 'working', due_at, max(not_before, min(due_at, :now)))"
+                " WHERE folder = :folder AND state IN ('waiting', 'working')",
+                {"folder": folder, "now": self._now()},
+            )
+
     def claim(self) -> SessionRow | None:
         """Take the session that has been due longest; return None if none is due."""
         with self._write() as db:

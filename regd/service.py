@@ -35,6 +35,7 @@ from regd.errors import (
     TryLater,
     Unauthorized,
 )
+from regd.hashing import Hasher
 from regd.journal import FILE_NAME, UNKNOWN_OUTCOME_S, Journal, asides, set_aside
 from regd.logs import Recurring, get_logger
 from regd.model import SessionPath
@@ -198,11 +199,13 @@ class Service:
         self.scanner = Scanner(
             self.root, settings, self.journal, self._ignored, stop, self._note_hints
         )
+        self.hasher = Hasher(self.root, self._on_read, self._on_hashed)
         self.worker = Worker(
             self.root,
             settings,
             self.journal,
             self.client,
+            self.hasher,
             Stillness(settings.settle.quiet_s, settings.settle.closed_quiet_s),
             self._ignored,
             self.gate,
@@ -349,7 +352,8 @@ class Service:
                 report(*self.journal.left())
                 if self.gate.error is not None:
                     raise self.gate.error
-                if not self.journal.is_unfinished():
+                # a session with a hash to come may wait for another attempt, because of other files
+                if not self.journal.is_unfinished() and not self.hasher.is_busy():
                     break
                 self.stop.wait(0.05)  # a person watches the bar; the workers do not wait for this
         finally:
@@ -456,6 +460,7 @@ class Service:
 
     def _end(self, workers: list[threading.Thread]) -> None:
         """Give work in hand a few seconds, and put back what is left."""
+        self.hasher.close()
         deadline = time.monotonic() + STOP_WITHIN_S
         for thread in workers:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -465,6 +470,22 @@ class Service:
         # what is still in hand may have an effect later: the next regd has to wait for that
         self.owner.close(clean=not any(thread.is_alive() for thread in workers))
         _log.info("regd.stopped", put_back=put_back)
+
+    def _on_read(self, size: int) -> None:
+        """Count what is hashed; the end of a large file may be far away."""
+        if self.stop.is_set():
+            raise Stopping("stopped while hashing")
+        self.client.alyx.counts.add(hashed_bytes=size)
+
+    def _on_hashed(self, relative: str) -> None:
+        """Have the session of a file looked at that was hashed aside."""
+        parts = tuple(relative.split("/"))
+        try:
+            self.journal.hurry("/".join(parts[: session_depth(parts)]))
+        except Exception as error:
+            if not self.stop.is_set():
+                self._fail(error)
+        self._tell()
 
     def _sleep(self, seconds: float) -> None:
         if self.stop.wait(seconds):

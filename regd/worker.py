@@ -43,6 +43,7 @@ from regd.errors import (
     Unauthorized,
     printable,
 )
+from regd.hashing import LARGE, Hasher
 from regd.journal import UNKNOWN_OUTCOME_S, FileRow, Journal, SessionRow
 from regd.logs import bound_contextvars, get_logger
 from regd.model import (
@@ -69,6 +70,8 @@ _LOGIN_FIRST_S, _LOGIN_LONGEST_S = 60.0, 900.0
 _LOOK_S = 5.0  # between two looks for a session whose creation may be on its way
 _WRITES_FAIL = 3  # sessions, with none that Alyx took anything of in between: it is not their fault
 _FLUSH_S = 2.0  # hashes are written down at least this often
+_HASHING = "it is being hashed"
+_HASHED_S = 60.0  # the hasher says when it has done a file; this is how long that is believed
 _log = get_logger()
 
 
@@ -195,6 +198,7 @@ class Worker:
         settings: What to register, and how.
         journal: What is known and due.
         client: The way to Alyx.
+        hasher: Hashes large files aside.
         stillness: When files were last seen to change; guarded by `stillness_lock`.
         ignored: Says of a path below the root whether it is never looked at.
         gate: Closed while Alyx is away.
@@ -210,6 +214,7 @@ class Worker:
     settings: Settings
     journal: Journal
     client: RegistrationClient
+    hasher: Hasher
     stillness: Stillness
     ignored: Ignored
     gate: Gate
@@ -239,6 +244,8 @@ class Worker:
             return False
         with bound_contextvars(session=row.folder, attempt=row.attempt + 1):
             after = self._attempt(row)
+        if after.state is not SessionState.WAITING:
+            self.hasher.forget(row.folder)
         self.journal.release(
             row.id,
             after.state,
@@ -394,7 +401,8 @@ class Worker:
             raise error
         if wait_s is None:
             return _Next(SessionState.DONE)
-        return _Next(SessionState.WAITING, self.now() + wait_s, reason="files are being written")
+        reason = "files are being written, or hashed"
+        return _Next(SessionState.WAITING, self.now() + wait_s, reason=reason)
 
     def _gone(self, row: SessionRow) -> _Next:
         """Say what becomes of a session whose folder is not there."""
@@ -536,7 +544,9 @@ class Worker:
             rows.append(looked)
             if looked.state is FileState.SETTLING and key not in blocked:
                 full = f"{row.folder}/{found.path}"
-                remaining_s = self._remaining_s(full, found, stamped_here=stamped_here)
+                remaining_s = _HASHED_S
+                if looked.reason != _HASHING:
+                    remaining_s = self._remaining_s(full, found, stamped_here=stamped_here)
                 wait_s = min(wait_s if wait_s is not None else remaining_s, remaining_s)
             if self.clock() - flushed_at > _FLUSH_S:
                 self.journal.write_files(row.id, rows)
@@ -585,7 +595,9 @@ class Worker:
                 return self._still_settling(new, old)
             md5 = None
             if self._is_hashed(found.signature.size):
-                md5 = files.md5(self.root, full, found.signature, self._on_read)
+                md5 = self._md5(full, found)
+                if md5 is None:
+                    return replace(new, reason=_HASHING)
             else:
                 with files.open_finished(self.root, full, found.signature):
                     pass
@@ -607,11 +619,14 @@ class Worker:
         # until it is posted, this content is not what the dataset holds
         return replace(new, state=FileState.READY, md5=md5, dataset_id=None)
 
-    def _on_read(self, size: int) -> None:
-        """Count what is hashed; the end of a large file may be far away."""
-        if self.stop.is_set():
-            raise Stopping("stopped while hashing")
-        self.client.alyx.counts.add(hashed_bytes=size)
+    def _md5(self, full: str, found: files.Found) -> str | None:
+        """Return the MD5 of a file; None if it is large, and not hashed yet."""
+        if found.size < LARGE:
+            return files.md5(self.root, full, found.signature, self.hasher.on_read)
+        md5 = self.hasher.md5(full, found)
+        if md5 is not None:  # that may have been a while ago
+            files.check_finished(self.root, full, found.signature)
+        return md5
 
     def _is_hashed(self, size: int) -> bool:
         limit = self.settings.register.max_md5_size

@@ -26,9 +26,11 @@ PURE = ["model", "records", "errors", "paths", "datasettypes", "settle", "revisi
 # A module may import those before it, never those after it.
 ORDER = [
     *PURE,
-    *["settings", "logs", "counts", "mounts", "files", "owner", "journal", "alyx", "watch", "scan"],
-    *["registration", "worker", "service", "status", "screen", "sandbox", "demo"],
-    *["cli", "__main__"],
+    *["settings", "logs", "counts"],
+    *["mounts", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
+    *["registration", "worker", "service"],
+    *["status", "screen"],
+    *["sandbox", "demo", "cli", "__main__"],
 ]
 # What can neither read a disk or a clock, nor reach a network ...
 HARMLESS = {
