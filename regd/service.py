@@ -426,14 +426,17 @@ class Service:
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        """End all of it because of an error that is no session's."""
+        """End all of it because of an error that is no session's. Only the first is told."""
+        with self._news:
+            if self._failed is not None:
+                return
+            self._failed = error
         if isinstance(error, JournalFailed):
             _log.error("journal.failed", reason=error.reason, hint=error.hint)
         elif isinstance(error, RootTaken):
             _log.error("root.shared", reason=error.reason, hint=error.hint)
         else:
             _log.error("worker.died", exc_info=error)
-        self._failed = error
         self.end()
 
     def step(self) -> bool:

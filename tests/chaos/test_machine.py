@@ -693,7 +693,7 @@ def test_a_journal_of_a_newer_regd_stays_where_it_is(machine: Machine) -> None:
     with contextlib.closing(sqlite3.connect(machine.journal_file)) as db:
         db.execute("PRAGMA user_version = 2")
     content = machine.journal_file.read_bytes()
-    with pytest.raises(NeedsHuman, match="another version"):
+    with pytest.raises(NeedsHuman, match="newer version"):
         machine.scan()
     assert machine.journal_file.read_bytes() == content
     assert asides(machine.journal_file) == []
