@@ -8,7 +8,7 @@ import sqlite3
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,9 +150,19 @@ def run(config: Config = None) -> None:
     with (
         lock(settings.state_dir),
         Service(settings, threading.Event(), reread=reread) as service,
+        _page(settings, service.stop),
     ):
         _on_signal(service.end)
         service.run()
+
+
+def _page(settings: Settings, stop: threading.Event) -> AbstractContextManager[object]:
+    """Return the status page, if there is to be one: what it needs takes 10 MB."""
+    if settings.web.port is None:
+        return nullcontext()
+    from regd.web import Page
+
+    return Page(settings, stop)
 
 
 def _on_signal(end: Callable[[], None]) -> None:

@@ -179,6 +179,13 @@ def _plain_name(value: str) -> str:
     return value
 
 
+def _host(value: str) -> str:
+    host = value.strip().removeprefix("[").removesuffix("]")
+    if not re.fullmatch(r"[\w.:%-]+", host, re.ASCII):
+        raise ValueError("must be an address or a name, without port, such as 127.0.0.1")
+    return host
+
+
 OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none), AfterValidator(_strip)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_as_path)]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
@@ -351,6 +358,24 @@ class RetrySettings(_Section):
         return value
 
 
+class WebSettings(_Section):
+    """The page that shows in a browser how things stand."""
+
+    port: Annotated[
+        Annotated[Count, Field(ge=0, le=65535)] | None, BeforeValidator(_blank_is_none)
+    ] = Field(
+        default=None,
+        description="TCP port of the status page, such as 8765; without one there is no page. "
+        "0 takes a free one, which the log names.",
+    )
+    host: Annotated[str, AfterValidator(_host)] = Field(
+        default="127.0.0.1",
+        description="Address or name of this computer that the page listens on. By default only "
+        "this computer reaches it; with any other, whoever is in that network sees the names of "
+        "sessions.",
+    )
+
+
 class LogSettings(_Section):
     """What is logged, and in what form."""
 
@@ -413,6 +438,7 @@ class Settings(BaseSettings):
     workers: Annotated[OneOrMore, Field(le=32)] = Field(
         default=4, description="Sessions worked on at the same time, 1 to 32."
     )
+    web: WebSettings = Field(default_factory=WebSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -65,7 +65,7 @@ def test_settings_table() -> None:
 
 def test_events_table() -> None:
     """Every event that the daemon's code can log is in the table, and nothing else."""
-    daemon = [PROJECT / "regd" / f"{m}.py" for m in ("service", "worker", "scan", "alyx")]
+    daemon = [PROJECT / "regd" / f"{m}.py" for m in ("service", "worker", "scan", "alyx", "web")]
     code = "\n".join(path.read_text() for path in daemon)
     logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
     for kind in ("alyx", "root"):

@@ -23,13 +23,14 @@ PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "regd"
 
 PURE = ["model", "records", "errors", "paths", "datasettypes", "settle", "revisions", "retries"]
+PURE += ["glance"]
 # A module may import those before it, never those after it.
 ORDER = [
     *PURE,
     *["settings", "logs", "counts"],
     *["mounts", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service"],
-    *["status", "screen"],
+    *["status", "web", "screen"],
     *["sandbox", "demo", "cli", "__main__"],
 ]
 # What can neither read a disk or a clock, nor reach a network ...
@@ -42,6 +43,7 @@ HARMLESS = {
 IMPURE_NAMES = {"Path", "open", "print"}
 IMPURE_METHODS = {"now", "today", "utcnow"}
 HEAVY = {"pandas", "pyarrow", "numba", "boto3", "requests"}
+HEAVY |= {"starlette", "uvicorn"}  # but for those who have set web.port
 
 
 def modules() -> list[Path]:
