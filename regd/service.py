@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 import os
 import pwd
 import queue
@@ -55,7 +54,6 @@ _MARGIN_S = 15.0  # beyond alyx.timeout_s
 _TICK_S = 1.0  # how often the journal is asked for what other processes want
 _IDLE_S = 30.0  # a worker with nothing to do is told of news; this is how long it believes that
 _REMIND_S = 3600.0
-_AFTER_OVERFLOW_S = 30.0
 _HELD_UP_S = 0.5
 _REREAD_S = 5.0  # how often the settings are read while Alyx refuses the credentials in them
 _log = get_logger()
@@ -702,7 +700,6 @@ class Service:
         """Take hints, requests and the time as they come."""
         next_scan_at = self._clock()
         known_root = _identity(self.root)
-        rescan_at = math.inf
         version = (-1, 0)
         everything = False
         while not self.stop.is_set():
@@ -736,10 +733,6 @@ class Service:
             if overflow:
                 _log.warning("watch.overflowed", reason="events were lost: scanning")
                 next_scan_at = self._clock()
-                # watchdog sets its watches anew now; what appears meanwhile is found after that
-                rescan_at = self._clock() + _AFTER_OVERFLOW_S
-            if self._clock() >= rescan_at:
-                next_scan_at, rescan_at = self._clock(), math.inf
             if (latest := self.journal.version()) != version:
                 version = latest
                 asked = self.journal.take_scan()

@@ -1,41 +1,47 @@
-"""What the kernel tells about the data root, as hints on a queue. Nothing here reads a file."""
+"""What the kernel tells about the data root, as hints on a queue. No content is read here.
+
+Of watchdog this takes what reads the kernel's events, and what compares listings where there are
+none. The watches themselves are kept here: regd needs only to know where a watched folder is, which
+is a tenth of the memory and half of the time, and it has to know which folders have none, and when
+all stand again after events were lost.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
-import logging
 import os
 import queue
-import warnings
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from watchdog.events import (
-    DirCreatedEvent,
-    DirMovedEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers.inotify_c import (
+    InotifyConstants,
+    InotifyEvent,
+    InotifyFD,
+    Mask,
+    WatchDescriptor,
+    inotify_add_watch,
+    inotify_rm_watch,
 )
+from watchdog.utils import BaseThread
 
 from regd.errors import NeedsHuman
 
-if TYPE_CHECKING:
-    from watchdog.observers.api import BaseObserver
-
-# With every kind of event, the walk that sets up the watches of a large root floods watchdog's own
-# queue with "opened" and "closed without writing", again and again.
-_EVENTS: list[type[FileSystemEvent]] = [
-    DirCreatedEvent,
-    DirMovedEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileMovedEvent,
-]
-_WATCHDOG_LOGGERS = ("watchdog.observers.inotify", "watchdog.observers.inotify_c")
+_MASK = Mask(
+    InotifyConstants.IN_CREATE
+    | InotifyConstants.IN_CLOSE_WRITE
+    | InotifyConstants.IN_MOVED_FROM
+    | InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_ONLYDIR
+    | InotifyConstants.IN_DONT_FOLLOW
+)
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+_DEEPEST = 200  # folders in one another; nothing that Alyx takes lies so deep
 POLLING_S = 5.0
 """How often a file system without events is compared with itself, in seconds."""
 
@@ -57,32 +63,170 @@ class Hint:
     overflow: bool = False
 
 
+class _Inotify(InotifyFD):
+    """The watches of all folders below a root, and the thread that reads what they tell.
+
+    Each watched folder is known by its watch descriptor, with that of the folder above and its own
+    name, so that a folder that is renamed takes all below it along.
+    """
+
+    def __init__(self, root: Path, hints: queue.SimpleQueue[Hint]) -> None:
+        super().__init__()
+        self._root = os.fsencode(root)
+        self._hints = hints
+        self._folders: dict[int, tuple[int, bytes]] = {}
+        self._names: dict[bytes, bytes] = {}  # one object for all folders of a name
+        self._moved_away: set[int] = set()
+        self._walking = threading.RLock()
+        self.unwatched: OSError | None = None  # why some folders have no watch
+
+    # --- watches ---------------------------------------------------------------------------------
+
+    def watch_all(self) -> None:
+        """Watch every folder below the root, and none else.
+
+        Raises:
+            OSError: The root itself cannot be watched.
+        """
+        with self._walking:
+            self.unwatched = None
+            seen: set[int] = set()
+            for _ in self._watch(self._root, 0, b"", seen):
+                pass
+            if self.unwatched is not None and not seen:
+                raise self.unwatched
+            with self._lock:
+                stale = self._folders.keys() - seen
+            self._unwatch(stale)
+
+    def _watch(self, path: bytes, above: int, name: bytes, seen: set[int]) -> Iterator[bytes]:
+        """Watch a folder and all below it; yield the paths of the files found.
+
+        What appears after the watch is set is an event, what was there before is listed: nothing
+        is missed, and some things are told twice.
+        """
+        todo = [(path, above, name, 0)]
+        while todo:
+            path, above, name, depth = todo.pop()
+            with self._lock:  # an event must not come before its folder is known
+                if self._closed:
+                    return
+                descriptor = inotify_add_watch(self._inotify_fd, path, _MASK)
+                if descriptor >= 0:
+                    self._folders[descriptor] = above, self._names.setdefault(name, name)
+                    seen.add(descriptor)
+            if descriptor < 0:
+                code = ctypes.get_errno()
+                if code not in _GONE or path == self._root:
+                    self.unwatched = OSError(code, os.strerror(code), os.fsdecode(path))
+                continue
+            try:
+                with os.scandir(path) as listed:
+                    for entry in listed:
+                        if not entry.is_dir(follow_symlinks=False):
+                            yield entry.path
+                        elif depth < _DEEPEST:
+                            todo.append((entry.path, descriptor, entry.name, depth + 1))
+            except OSError:
+                continue  # gone, or not to be read: a scan says so
+
+    def _unwatch(self, descriptors: set[int]) -> None:
+        with self._lock:
+            for descriptor in descriptors:
+                if self._folders.pop(descriptor, None) and not self._closed:
+                    inotify_rm_watch(self._inotify_fd, WatchDescriptor(descriptor))
+
+    def _path(self, descriptor: int) -> bytes | None:
+        """Return where a watched folder is, below the root with a slash at its end, or None."""
+        names: list[bytes] = []
+        while (folder := self._folders.get(descriptor)) is not None:
+            if descriptor in self._moved_away:
+                return None
+            descriptor, name = folder
+            if not descriptor:
+                return b"".join(f for name in reversed(names) for f in (name, b"/"))
+            names.append(name)
+        return None
+
+    # --- events ----------------------------------------------------------------------------------
+
+    def read_events(self, **options: int) -> list[InotifyEvent]:
+        """Return what the kernel has to tell next."""
+        self._drop_moved_away()
+        return super().read_events(**options)
+
+    def handle_event(self, event: InotifyEvent) -> None:
+        """Turn an event into hints."""
+        if event.is_queue_overflow:
+            with contextlib.suppress(OSError):  # the root is gone: who asks about that is told
+                self.watch_all()  # of folders that appeared nothing was told
+            self._hints.put(Hint("", overflow=True))
+            return
+        if event.is_ignored:  # its folder is gone
+            with self._lock:
+                self._folders.pop(event.wd, None)
+            return
+        folder = self._path(event.wd)
+        if folder is None:
+            return
+        path = folder + event.name
+        if event.is_moved_from:
+            if event.is_directory:
+                self._move_away(event.wd, event.name)
+            return
+        moved = event.is_moved_to
+        finished = moved or event.is_close_write
+        self._hints.put(Hint(os.fsdecode(path), finished=finished, is_folder=event.is_directory))
+        if event.is_directory:
+            self._appeared(path, event.wd, event.name, moved=moved)
+
+    def _appeared(self, path: bytes, above: int, name: bytes, *, moved: bool) -> None:
+        """Watch a new folder; what is in it already was made before anybody could tell."""
+        start = len(self._root) + 1
+        with self._walking:
+            seen: set[int] = set()
+            for inner in self._watch(self._root + b"/" + path, above, name, seen):
+                self._hints.put(Hint(os.fsdecode(inner[start:]), finished=moved))
+            self._moved_away -= seen
+
+    def _move_away(self, above: int, name: bytes) -> None:
+        """Note that a folder is no longer where it was; where it is now, an event tells, if any."""
+        with self._lock:
+            was = (above, name)
+            self._moved_away |= {wd for wd, folder in self._folders.items() if folder == was}
+
+    def _drop_moved_away(self) -> None:
+        """Take the watches off folders that were moved out of the root, and all below them."""
+        if not self._moved_away:
+            return
+        with self._lock:
+            below: dict[int, list[int]] = {}
+            for descriptor, (above, _) in self._folders.items():
+                below.setdefault(above, []).append(descriptor)
+            gone, todo = set(), [*self._moved_away]
+            while todo:
+                descriptor = todo.pop()
+                gone.add(descriptor)
+                todo += below.get(descriptor, [])
+            self._moved_away.clear()
+        self._unwatch(gone)
+
+
 class _Handler(FileSystemEventHandler):
+    """Turns the events of a polling observer into hints."""
+
     def __init__(self, root: Path, hints: queue.SimpleQueue[Hint]) -> None:
         self._prefix = os.fsencode(root) + b"/"
         self._hints = hints
 
     def dispatch(self, event: FileSystemEvent) -> None:
-        moved = isinstance(event, (FileMovedEvent, DirMovedEvent))
-        path = os.fsencode(event.dest_path if moved else event.src_path)
-        if not path.startswith(self._prefix):
+        if event.event_type not in ("created", "moved"):
             return
-        inner = os.fsdecode(path[len(self._prefix) :])
-        finished = moved or isinstance(event, FileClosedEvent)
-        self._hints.put(Hint(inner, finished=finished, is_folder=event.is_directory))
-
-
-class _OverflowFilter(logging.Filter):
-    """Sees watchdog's log line about a lost event: it tells nobody else."""
-
-    def __init__(self, hints: queue.SimpleQueue[Hint]) -> None:
-        super().__init__()
-        self._hints = hints
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "overflow" in str(record.msg).lower():
-            self._hints.put(Hint("", overflow=True))
-        return True
+        moved = event.event_type == "moved"
+        path = os.fsencode(event.dest_path if moved else event.src_path)
+        if path.startswith(self._prefix):
+            inner = os.fsdecode(path[len(self._prefix) :])
+            self._hints.put(Hint(inner, finished=moved, is_folder=event.is_directory))
 
 
 class Watcher:
@@ -96,80 +240,64 @@ class Watcher:
 
     def __init__(self, root: Path, observer: str, hints: queue.SimpleQueue[Hint]) -> None:
         self._root = root
-        self._filter = _OverflowFilter(hints)
-        self._kind = observer
-        self._observer: BaseObserver | None = None
-        self._handler = _Handler(root, hints)
+        self._polls = observer == "polling"
+        self._hints = hints
+        self._observer: BaseThread | None = None
 
     def start(self) -> None:
         """Set up the watches; returns when all stand.
 
         Raises:
-            NeedsHuman: The kernel does not grant that many watches.
+            NeedsHuman: The data root cannot be watched.
         """
-        for name in _WATCHDOG_LOGGERS:
-            logging.getLogger(name).addFilter(self._filter)
-        # A folder whose watch is set twice, by its event and by the walk of its parent, is well;
-        # the warning would reach nobody who can act on it.
-        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         try:
-            self._observer = _make_observer(self._kind)
-            self._observer.schedule(
-                self._handler, str(self._root), recursive=True, event_filter=_EVENTS
-            )
-            self._observer.start()
+            if self._polls:
+                self._observer = self._start_polling()
+                return
+            self._observer = inotify = _Inotify(self._root, self._hints)
+            inotify.start()
+            inotify.watch_all()
         except OSError as error:
             self.stop()
             raise _explain(error, self._root) from None
+
+    def _start_polling(self) -> BaseThread:
+        from watchdog.observers.polling import PollingObserver
+
+        observer = PollingObserver(timeout=POLLING_S)
+        observer.schedule(_Handler(self._root, self._hints), str(self._root), recursive=True)
+        observer.start()
+        return observer
 
     def is_alive(self) -> bool:
         """Say whether every thread that carries events is still there."""
         if self._observer is None:
             return False
-        threads = [self._observer, *self._observer.emitters]
-        # the thread that reads from the kernel; watchdog does not show it
-        reader = getattr(self._observer, "_inotify_fd", None)
-        return all(t.is_alive() for t in (*threads, reader) if t is not None)
+        emitters = getattr(self._observer, "emitters", ())
+        return all(thread.is_alive() for thread in (self._observer, *emitters))
 
     def stop(self) -> None:
         """Take the watches down."""
-        for name in _WATCHDOG_LOGGERS:
-            logging.getLogger(name).removeFilter(self._filter)
         observer, self._observer = self._observer, None
         if observer is not None:
-            running = observer.is_alive()
-            observer.stop()  # its reader runs from the start, even if the rest has failed
-            if running:
+            observer.stop()
+            if observer is not threading.current_thread():
                 observer.join(timeout=2.0)
 
     def check_limit(self) -> None:
-        """Return if the kernel grants one more watch; watchdog passes over folders it could not.
+        """Return if all folders are watched; try again to watch those that could not be.
 
         Raises:
-            NeedsHuman: It does not, so that some folders may not be watched.
+            NeedsHuman: Some cannot be watched.
         """
-        if self._kind == "polling":
+        if not isinstance(self._observer, _Inotify) or self._observer.unwatched is None:
             return
-        one_more: BaseObserver | None = None
         try:
-            one_more = _make_observer(self._kind)
-            one_more.schedule(FileSystemEventHandler(), str(self._root), event_filter=_EVENTS)
-            one_more.start()
+            self._observer.watch_all()
         except OSError as error:
             raise _explain(error, self._root) from None
-        finally:
-            if one_more is not None:
-                one_more.stop()
-
-
-def _make_observer(kind: str) -> BaseObserver:
-    if kind == "polling":
-        from watchdog.observers.polling import PollingObserver
-
-        return PollingObserver(timeout=POLLING_S)
-    from watchdog.observers import Observer
-
-    return Observer()
+        if self._observer.unwatched is not None:
+            raise _explain(self._observer.unwatched, self._root)
 
 
 def _explain(error: OSError, root: Path) -> NeedsHuman:

@@ -1,9 +1,10 @@
 """Hints from the real kernel. Whatever waits, waits on the queue, with a limit."""
 
+import ctypes
 import errno
-import logging
 import os
 import queue
+import random
 import re
 import shutil
 import subprocess
@@ -17,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watchdog.observers.inotify import InotifyObserver
-from watchdog.observers.inotify_c import InotifyFD
+from watchdog.observers.inotify_c import InotifyEvent, InotifyFD
 
 from regd import watch
 from regd.errors import NeedsHuman
-from regd.watch import Hint, Watcher
+from regd.watch import Hint, Watcher, _Inotify
 
 WITHIN_S = 10.0  # far more than any hint takes, so that a busy machine fails no test
 QUEUED_EVENTS = Path("/proc/sys/fs/inotify/max_queued_events")
@@ -207,7 +207,6 @@ def test_nothing_comes_after_stop(root: Path) -> None:
         watcher.stop()
     assert threading.active_count() == threads
     (root / "after").touch()
-    logging.getLogger("watchdog.observers.inotify").warning("Inotify queue overflowed")
     assert hints.queue.empty()
 
 
@@ -220,76 +219,119 @@ def test_a_root_whose_name_begins_like_anothers(root: Path, hints: Hints) -> Non
 # --- events that are lost ------------------------------------------------------------------------
 
 
-def overflow(root: Path) -> list[Hint]:
-    """Make more events than the kernel keeps, while nobody reads them.
+@contextmanager
+def nobody_reads(watcher: Watcher) -> Iterator[None]:
+    """Have the kernel's events read only afterwards."""
+    inotify = watcher._observer
+    assert isinstance(inotify, _Inotify)
+    gate = threading.Event()
+    handle = inotify.handle_event
 
-    Returns:
-        What was told of lost events, with Hint('rebuilt') where the watches stood again.
-    """
+    def held(event: InotifyEvent) -> None:
+        gate.wait()
+        handle(event)
+
+    inotify.handle_event = held  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def overflow(root: Path) -> None:
+    """Make more events than the kernel keeps."""
     limit = int(QUEUED_EVENTS.read_text())
     if limit > 40_000:
         pytest.skip(f"it takes too long to make {limit} events")
+    for n in range(limit // 2 + 2000):  # each makes two events, and some are in the reader
+        os.close(os.open(root / ALF / f"{n}.npy", os.O_CREAT | os.O_WRONLY))
+
+
+def test_lost_events_are_told_once_all_folders_are_watched_again(root: Path) -> None:
     with watching(root) as (watcher, hints):
-        (emitter,) = watcher._observer.emitters
-        group: Any = emitter._inotify  # type: ignore[attr-defined]
-        add_all = group._add_all_callbacks
-
-        def rebuild(path: bytes) -> None:
-            add_all(path)
-            hints.queue.put(Hint("rebuilt"))
-
-        group._add_all_callbacks = rebuild
-        with group._lock:  # the reader stops at the first event
-            for n in range(limit // 2 + 2000):  # each makes two events, and some are in the reader
-                os.close(os.open(root / ALF / f"{n}.npy", os.O_CREAT | os.O_WRONLY))
-        hints.of("rebuilt")
-        told = hints.seen
-        # the watches still stand, and in new folders, too
+        with nobody_reads(watcher):
+            overflow(root)
+            (root / ALF / "lost/deep").mkdir(parents=True)  # of this nothing is told
+        hints.until(lambda h: h.overflow)
+        assert not [h for h in hints.seen if "lost" in h.path]
+        (root / ALF / "lost/deep/x.npy").touch()
+        hints.of(f"{ALF}/lost/deep/x.npy", finished=True)
         (root / ALF / "deeper").mkdir()
         hints.of(f"{ALF}/deeper", is_folder=True)
         (root / ALF / "deeper/x.npy").touch()
         hints.of(f"{ALF}/deeper/x.npy", finished=True)
-        return [h for h in told if h.overflow or h.path == "rebuilt"]
 
 
-def test_lost_events_are_told_as_an_overflow(root: Path) -> None:
-    assert Hint("", overflow=True) in overflow(root)
-
-
-@pytest.mark.xfail(
-    strict=True, reason="it is told before: a scan may be over before the watches stand again"
-)
-def test_lost_events_are_told_once_the_watches_stand_again(root: Path) -> None:
-    told = overflow(root)
-    assert told.index(Hint("rebuilt")) < len(told) - 1 - told[::-1].index(Hint("", overflow=True))
-
-
-def test_lost_events_are_told_however_little_is_logged(root: Path) -> None:
-    top, chatty = logging.getLogger(), logging.getLogger("watchdog")
-    before = top.level, chatty.level
-    try:  # as `log.level: error` sets it
-        top.setLevel(logging.ERROR)
-        chatty.setLevel(logging.WARNING)
-        assert Hint("", overflow=True) in overflow(root)
-    finally:
-        top.setLevel(before[0])
-        chatty.setLevel(before[1])
+def test_a_folder_moved_while_events_are_lost_is_known_where_it_is(root: Path) -> None:
+    with watching(root) as (watcher, hints):
+        with nobody_reads(watcher):
+            overflow(root)
+            (root / "a/2020-01-01").rename(root / "a/2020-01-02")
+            (root / "b/2020-01-01").mkdir(parents=True)
+            shutil.move(root / "b", root.parent / "b")
+        hints.until(lambda h: h.overflow)
+        (root / "a/2020-01-02/001/alf/x.npy").touch()
+        (root.parent / "b/2020-01-01/x.npy").touch()
+        assert hints.of("a/2020-01-02/001/alf/x.npy", finished=True)
+        assert not [h for h in hints.up_to_mark(root) if h.path.startswith("b/")]
 
 
 def test_two_watchers_tell_their_own_queues(root: Path) -> None:
-    with watching(root) as (_, two):
-        with watching(root) as (_, one):
-            pass
-        logging.getLogger("watchdog.observers.inotify_c").warning("Inotify queue overflowed; lost")
-        assert two.until(lambda h: h.overflow)
-        assert one.queue.empty()
+    other = root.parent / "other"
+    other.mkdir()
+    with watching(root) as (_, one), watching(other) as (_, two):
+        (other / "x").touch()
+        two.of("x", finished=True)
+        assert one.up_to_mark(root) == []
+
+
+# --- folders that come, go and are renamed, at every moment --------------------------------------
+
+
+def test_whatever_is_done_to_folders_each_is_known_where_it_is(root: Path) -> None:
+    """At random; then each folder's path is asked for by a file in it."""
+    chance = random.Random(7)
+    with watching(root) as (watcher, hints):
+        folders = [root / "a"]
+        outside = root.parent / "outside"
+        outside.mkdir()
+        for n in range(400):
+            folder = chance.choice(folders)
+            match chance.randrange(6):
+                case 0 | 1 | 2:
+                    (folder / f"n{n}/deep").mkdir(parents=True, exist_ok=True)
+                case 3 if folder != root / "a":
+                    folder.rename(root / "a" / f"m{n}")
+                case 4 if folder != root / "a":
+                    folder.rename(outside / f"o{n}")
+                    if chance.random() < 0.5:
+                        (outside / f"o{n}").rename(root / "a" / f"b{n}")
+                case 5 if folder != root / "a":
+                    shutil.rmtree(folder)
+            folders = [root / "a", *(p for p in (root / "a").rglob("*") if p.is_dir())]
+            if n % 20 == 0:
+                hints.up_to_mark(root)  # at times the reader is behind, at times it is not
+        hints.up_to_mark(root)
+        for folder in folders:
+            (folder / "x.npy").touch()
+        told = {h.path for h in hints.up_to_mark(root) if h.finished}
+        assert told == {str((folder / "x.npy").relative_to(root)) for folder in folders}
+        inotify = watcher._observer
+        assert isinstance(inotify, _Inotify)
+        all_of_them = [root, *(p for p in root.rglob("*") if p.is_dir())]
+        assert len(inotify._folders) == len(all_of_them)
+        for folder in outside.rglob("*"):
+            if folder.is_dir():
+                (folder / "y.npy").touch()
+        assert hints.up_to_mark(root) == []
 
 
 # --- watches that cannot be had ------------------------------------------------------------------
 
 
-def no_space(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def no_space(*_: object) -> int:
+    ctypes.set_errno(errno.ENOSPC)
+    return -1
 
 
 def no_instance(_: type) -> int:
@@ -318,35 +360,6 @@ def assert_no_thread_since(before: set[threading.Thread]) -> None:
         assert not thread.is_alive()
 
 
-@pytest.mark.parametrize(
-    ("code", "key"),
-    [
-        (errno.ENOSPC, "fs.inotify.max_user_watches"),
-        (errno.EMFILE, "fs.inotify.max_user_instances"),
-    ],
-)
-def test_too_few_watches_are_explained(
-    root: Path, monkeypatch: pytest.MonkeyPatch, code: int, key: str
-) -> None:
-    watcher = Watcher(root, "inotify", Hints().queue)
-
-    def start(_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(InotifyObserver, "start", start)
-    before = set(threading.enumerate())
-    with pytest.raises(NeedsHuman) as caught:
-        watcher.start()
-    assert_explained(caught.value, key, root)
-    assert_no_thread_since(before)
-    assert not watcher.is_alive()
-    assert not any(
-        isinstance(f, watch._OverflowFilter)
-        for name in watch._WATCHDOG_LOGGERS
-        for f in logging.getLogger(name).filters
-    )
-
-
 def test_a_watcher_that_was_not_started(root: Path) -> None:
     before = set(threading.enumerate())
     watcher = Watcher(root, "inotify", Hints().queue)
@@ -362,7 +375,7 @@ def test_a_watcher_can_be_started_once_it_could_not_be(
     hints = Hints()
     watcher = Watcher(root, "inotify", hints.queue)
     with monkeypatch.context() as patch:
-        patch.setattr(InotifyFD, "add_callback", no_space)
+        patch.setattr(watch, "inotify_add_watch", no_space)
         with pytest.raises(NeedsHuman):
             watcher.start()
     watcher.start()
@@ -376,7 +389,7 @@ def test_a_watcher_can_be_started_once_it_could_not_be(
 def test_a_watcher_that_could_not_start_leaves_no_thread(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(InotifyFD, "add_callback", no_space)
+    monkeypatch.setattr(watch, "inotify_add_watch", no_space)
     before = set(threading.enumerate())
     watcher = Watcher(root, "inotify", Hints().queue)
     with pytest.raises(NeedsHuman) as caught:
@@ -385,28 +398,46 @@ def test_a_watcher_that_could_not_start_leaves_no_thread(
     assert_no_thread_since(before)
 
 
-def test_a_folder_below_the_root_that_gets_no_watch_is_told(
+def test_a_folder_below_the_root_that_gets_no_watch_is_told_until_it_gets_one(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add, granted = InotifyFD.add_callback, []
+    add, granted = watch.inotify_add_watch, []
 
-    def add_callback(self: InotifyFD, path: bytes, *more: Any) -> Any:
+    def add_watch(inotify: int, path: bytes, mask: Any) -> int:
         if granted:  # the limit is reached after the first one
-            raise OSError(errno.ENOSPC, "No space left on device")
+            return no_space()
         granted.append(os.fsdecode(path))
-        return add(self, path, *more)
+        return add(inotify, path, mask)
 
-    monkeypatch.setattr(InotifyFD, "add_callback", add_callback)
+    monkeypatch.setattr(watch, "inotify_add_watch", add_watch)
     with watching(root) as (watcher, hints):
-        assert granted == [str(root)]  # watchdog has said nothing of the folders below
         before = set(threading.enumerate())
         for _ in range(3):
+            granted.clear()
             with pytest.raises(NeedsHuman) as caught:
                 watcher.check_limit()
+            assert granted == [str(root)]
             assert_explained(caught.value, "fs.inotify.max_user_watches", root)
         assert_no_thread_since(before)
         assert watcher.is_alive()  # what is watched stays so
         assert hints.up_to_mark(root) == []
+        monkeypatch.undo()
+        watcher.check_limit()
+        (root / ALF / "x.npy").touch()
+        hints.of(f"{ALF}/x.npy", finished=True)
+
+
+def test_a_new_folder_that_gets_no_watch_is_told(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with watching(root) as (watcher, hints):
+        watcher.check_limit()
+        monkeypatch.setattr(watch, "inotify_add_watch", no_space)
+        (root / "b").mkdir()
+        hints.of("b", is_folder=True)
+        hints.up_to_mark(root)
+        with pytest.raises(NeedsHuman):
+            watcher.check_limit()
 
 
 UNDER_A_LIMIT = """
@@ -461,18 +492,8 @@ def test_enough_watches(root: Path) -> None:
         assert hints.up_to_mark(root) == []
 
 
-def test_a_limit_of_instances_that_is_reached_later(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with watching(root) as (watcher, _):
-        monkeypatch.setattr(InotifyFD, "_create_inotify_fd", classmethod(no_instance))
-        with pytest.raises(NeedsHuman) as caught:
-            watcher.check_limit()
-        assert_explained(caught.value, "fs.inotify.max_user_instances", root)
-
-
 def test_polling_knows_no_limit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(InotifyFD, "add_callback", no_space)
+    monkeypatch.setattr(watch, "inotify_add_watch", no_space)
     Watcher(root, "polling", Hints().queue).check_limit()
 
 
