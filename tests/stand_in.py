@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-NAMES = ("docker", "journalctl", "make", "pip", "python3", "regd", "sudo", "systemctl")
-NAMES += ("useradd", "userdel")
+NAMES = ("docker", "journalctl", "make", "pip", "promtool", "python3", "regd", "ssh", "sudo")
+NAMES += ("systemctl", "useradd", "userdel")
 
 ROOT = Path(os.environ.get("FAKE_ROOT", "/nowhere"))  # nothing is there until a test says where
 RUN = ROOT / "run"
@@ -268,6 +268,23 @@ def compose(arguments: list[str]) -> None:
     ):
         refuse(f"no command {verb}")
     options(rest, "dfvT", "detach", "build", "follow", "volumes", "wait")
+
+
+# --- programs beside regd ------------------------------------------------------------------------
+
+
+def ssh(arguments: list[str]) -> None:
+    given, hosts = options(arguments, "NL:")
+    if len(hosts) != 1 or not re.fullmatch(r"\d+:127\.0\.0\.1:\d+", given.get("-L", "")):
+        refuse("say -L PORT:127.0.0.1:PORT and one host")
+
+
+def promtool(arguments: list[str]) -> None:
+    if arguments[:2] not in (["check", "config"], ["check", "rules"], ["test", "rules"]):
+        refuse(f"no command {' '.join(arguments[:2])}")
+    for file in arguments[2:]:
+        if not Path(file).exists():
+            refuse(f"there is no {file}")
 
 
 # --- make, pytest --------------------------------------------------------------------------------
