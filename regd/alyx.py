@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -109,6 +110,19 @@ class _Login:
     token: str | None = field(repr=False)
     refused_until: float = -math.inf
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Contact:
+    """What the answer to one request tells of the server and the way to it.
+
+    Attributes:
+        date: What its clock said, to the second; None if it does not say.
+        certificate_until: When its certificate ends; None without TLS.
+    """
+
+    date: datetime.datetime | None
+    certificate_until: datetime.datetime | None
 
 
 class AlyxClient:
@@ -263,6 +277,31 @@ class AlyxClient:
         with contextlib.suppress(Unauthorized):
             answer = _read(self._send("GET", "/data-formats", params={"limit": 1}))
             self._checked(answer, "/data-formats", PAGE)
+
+    def contact(self) -> Contact:
+        """Ask once, as nobody, and return what the answer tells beside that it is Alyx's.
+
+        Raises:
+            AlyxAway: It does not answer, or something else does.
+            AlyxRefused: It refuses what every Alyx answers.
+        """
+        until: list[datetime.datetime | None] = []
+
+        def look(answer: httpx.Response) -> None:
+            until.append(_certificate_until(answer))  # gone with the connection, maybe
+
+        answer = self._send("GET", "/data-formats", params={"limit": 1}, look=look)
+        with contextlib.suppress(Unauthorized):
+            self._checked(_read(answer), "/data-formats", PAGE)
+        return Contact(_date_of(answer), until[0])
+
+    def options(self, path: str) -> Any:
+        """Return what `OPTIONS path` answers: what this user may do there. It changes nothing.
+
+        Raises:
+            AlyxRefused: This user may do nothing there but look.
+        """
+        return self._request("OPTIONS", path)
 
     def greet(self) -> None:
         """Return if Alyx answers, and takes the credentials; a lost answer is asked for again.
@@ -437,9 +476,15 @@ class AlyxClient:
         return _read(self._send(method, path, params=params, json=json, token=token))
 
     def _send(
-        self, method: str, path: str, *, token: str | None = None, **content: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str | None = None,
+        look: Callable[[httpx.Response], None] = lambda _: None,
+        **content: Any,
     ) -> httpx.Response:
-        """Send one request and return the answer, whatever its status.
+        """Send one request and return the answer, whatever its status; `look` sees how it begins.
 
         Raises:
             AlyxAway: No whole answer came.
@@ -453,6 +498,7 @@ class AlyxClient:
         try:
             late_at = began_at + self._longest_s
             with self._http.stream(method, path, headers=headers, **content) as answer:
+                look(answer)
                 whole = _whole(answer, lambda: self._clock() > late_at)
                 return whole
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
@@ -703,6 +749,23 @@ def _sentence(body: dict[str, Any]) -> str:
 def _asked_s(answer: httpx.Response) -> float | None:
     now = datetime.datetime.now(datetime.UTC)
     return retry_after_s(answer.headers.get("Retry-After"), now)
+
+
+def _date_of(answer: httpx.Response) -> datetime.datetime | None:
+    try:
+        return parsedate_to_datetime(answer.headers["Date"]).astimezone(datetime.UTC)
+    except (KeyError, ValueError):
+        return None
+
+
+def _certificate_until(answer: httpx.Response) -> datetime.datetime | None:
+    stream = answer.extensions.get("network_stream")
+    tls = stream.get_extra_info("ssl_object") if stream is not None else None
+    certificate = tls.getpeercert() if tls is not None else None
+    if not certificate or "notAfter" not in certificate:
+        return None
+    until_s = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+    return datetime.datetime.fromtimestamp(until_s, datetime.UTC)
 
 
 def _query_of(address: object) -> Params:

@@ -81,13 +81,18 @@ def _options(
 
 
 def _load(config: Path | None) -> Loaded:
-    import os
-
     from regd.settings import load
 
-    if config is None and "REGD_CONFIG" not in os.environ and _DEFAULT_CONFIG.exists():
-        config = _DEFAULT_CONFIG
-    return load(config)
+    return load(_file(config))
+
+
+def _file(config: Path | None) -> Path | None:
+    """Return the settings file to read, or None where there is none."""
+    import os
+
+    if config is None and (named := os.environ.get("REGD_CONFIG")):
+        return Path(named)
+    return _DEFAULT_CONFIG if config is None and _DEFAULT_CONFIG.exists() else config
 
 
 def _daemon_settings(config: Path | None) -> Settings:
@@ -375,6 +380,60 @@ def _folder_of(session: str, settings: Settings) -> str:
             path = path.resolve().relative_to(root)
     parts = path.parts
     return "/".join(parts[: session_depth(parts)])
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def check(
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it for a program.")] = False,
+) -> None:
+    """Say whether this computer, the settings and Alyx are as regd needs them, and what to do.
+
+    Changes nothing. The exit status is that of monitoring plugins: 0 all is well, 1 a warning, 2
+    something is wrong, 3 the check itself failed. With sudo it sees all that the service sees.
+    """
+    try:
+        code = _check(config, as_json=as_json)
+    except Exception as error:
+        err.print(f"[red]regd:[/red] the check failed: {screen.escape(str(error))}", soft_wrap=True)
+        code = 3
+    raise typer.Exit(code)
+
+
+def _check(config: Path | None, *, as_json: bool) -> int:
+    """Look at everything, show it, and return the exit status."""
+    from regd.check import Checkup, report_of, run
+    from regd.host import read_unit
+
+    found = []
+    checkup = Checkup(_file(config), read_unit())
+    with err.status("settings") as bar:
+        checks = checkup.checks()
+        for number, (name, finding) in enumerate(run(checks), 1):
+            found.append((name, finding))
+            bar.update(checks[number].name if number < len(checks) else "")
+    checkup.close()
+    facts = report_of(found, checkup.judged_for)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        width = out.width if out.is_terminal else None
+        _show(screen.checked(facts, width=width, plain=_is_plain()))
+    return int(facts["exit"])
+
+
+def _is_plain() -> bool:
+    """Say whether the terminal is one for ASCII alone, whatever Python makes of it."""
+    import os
+
+    ctype = os.environ.get("LC_CTYPE", "")
+    if ctype == "C.UTF-8":  # under LANG=C it is Python that puts it there
+        ctype = ""
+    named = os.environ.get("LC_ALL") or ctype or os.environ.get("LANG", "")
+    return "utf" not in named.lower() or "utf" not in out.encoding.lower()
 
 
 # --- config, sandbox, demo -----------------------------------------------------------------------

@@ -14,11 +14,12 @@ from fnmatch import translate
 from pathlib import PurePath
 from typing import Any
 
-from regd.errors import NoDatasetType
-from regd.paths import object_attribute
+from regd.errors import InvalidPath, NoDatasetType
+from regd.paths import object_attribute, parse_dataset
 
 _FRAGMENT = 4  # characters; long enough to be rare among names, short enough to be in most patterns
 _LITERAL = re.compile(r"[^*?\[\]]+")
+_CLASS = re.compile(r"\[([^!\]])[^\]]*\]")  # a character class, and one that is in it
 
 
 class DatasetTypes:
@@ -71,6 +72,35 @@ class DatasetTypes:
             hint="make their filename patterns on Alyx exclude each other; then: regd retry --all",
         )
 
+    def names_of(self, name: str) -> list[str]:
+        """Return the names of all types that a file called `name` has; one is as it should be."""
+        return [str(self.types[index]["name"]) for index in self._matches(name)]
+
+    def overlaps(self) -> list[tuple[str, str, str]]:
+        """Return types that a file may have both of, with a name that it would have then.
+
+        Alyx refuses such a file. Tried are names made from each type's own pattern or name; that
+        any two patterns with stars fit some odd name together is no mistake.
+        """
+        found: dict[tuple[str, str], str] = {}
+        for record in self.types:
+            for example in examples(record):
+                first, *others = self.names_of(example) or [""]
+                for other in others:
+                    found.setdefault((first, other), example)
+        return [(first, other, example) for (first, other), example in found.items()]
+
+    def unmatched(self) -> list[tuple[str, str]]:
+        """Return the types that no file can have, and why."""
+        found = []
+        for record in self.types:
+            name, pattern = str(record["name"]), record.get("filename_pattern") or ""
+            if pattern.strip() != pattern:
+                found.append((name, f"its pattern {pattern!r} begins or ends with a space"))
+            elif not any(name in self.names_of(example) for example in examples(record)):
+                found.append((name, f"its pattern {pattern!r} fits no name of a file"))
+        return found
+
     def _matches(self, name: str) -> list[int]:
         folded = name.casefold()
         found = list(self._named.get(object_attribute(name) or PurePath(name).stem, ()))
@@ -85,6 +115,24 @@ class DatasetTypes:
             if pattern.match(folded):
                 found.append(order)
         return sorted(found)
+
+
+def examples(record: Mapping[str, Any]) -> list[str]:
+    """Return names of files that a dataset type is meant for, made from its pattern or name."""
+    pattern = (record.get("filename_pattern") or "").strip()
+    if not pattern:
+        return [f"{record['name']}.npy", f"_ns_{record['name']}.npy"]
+    ending = "npy" if pattern.endswith(".*") else ".npy" if pattern.endswith("*") else ""
+    begun = _CLASS.sub(lambda found: found[1], pattern.removesuffix("*")).replace("?", "x")
+    names = [begun.replace("*", filling) + ending for filling in ("", "x", "_ns_")]
+    return [name for name in dict.fromkeys(names) if _is_name(name)]
+
+
+def _is_name(name: str) -> bool:
+    try:
+        return "/" not in name and bool(parse_dataset(name))
+    except InvalidPath:
+        return False
 
 
 def get_dataset_type(filename: str | PurePath, dtypes: Iterable[Any]) -> Any:

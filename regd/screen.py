@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -136,3 +137,58 @@ def scanned(facts: Report) -> Group:
             line(f"[yellow]{count(people, 'thing')} {needs} a person: regd status[/yellow]")
         )
     return Group(*lines)
+
+
+MARKS = {"ok": "✓", "skipped": "-", "warning": "!", "wrong": "✗"}
+PLAIN_MARKS = {"ok": "ok", "skipped": "--", "warning": "!!", "wrong": "XX"}
+_COLOURS = {"ok": "green", "skipped": "dim", "warning": "yellow", "wrong": "red"}
+
+
+def checked(facts: Report, *, width: int | None = None, plain: bool = False) -> Group:
+    """Return what `regd.check.report_of` says.
+
+    Args:
+        facts: The report.
+        width: Where to wrap; None for not at all, so that programs find each check on one line.
+        plain: Whether the terminal shows ASCII alone.
+    """
+    marks = PLAIN_MARKS if plain else MARKS
+    checks = facts["checks"]
+    names = max(len(check["name"]) for check in checks)
+    before = len(marks["ok"]) + 1 + names + 2
+    lines: list[RenderableType] = [line(f"rights are those of {escape(facts['judged_for'])}")]
+    for check in checks:
+        state = check["state"]
+        colour = _COLOURS[state]
+        first, *more = _wrapped(check["found"], width, before)
+        mark, name = marks[state], f"{check['name']:{names}}"
+        lines.append(line(f"[{colour}]{mark}[/{colour}] {name}  {escape(first)}"))
+        lines += [line(" " * before + escape(text)) for text in more]
+        if check["hint"]:
+            first, *more = _wrapped(check["hint"], width, before + 4)
+            lines.append(line(f"{' ' * before}[bold]do:[/bold] {escape(first)}"))
+            lines += [line(" " * (before + 4) + escape(text)) for text in more]
+    lines.append(line(_summary(checks)))
+    return Group(*lines)
+
+
+def _wrapped(text: str, width: int | None, indent: int) -> list[str]:
+    if width is None:
+        return [text]
+    return textwrap.wrap(
+        text, max(30, width - indent), break_long_words=False, break_on_hyphens=False
+    ) or [""]
+
+
+def _summary(checks: Sequence[Report]) -> str:
+    wrong, warnings, skipped = (
+        sum(check["state"] == state for check in checks)
+        for state in ("wrong", "warning", "skipped")
+    )
+    if not (wrong or warnings or skipped):
+        return "[green]all is well[/green]"
+    parts = [f"{wrong} wrong"] if wrong else []
+    parts += [count(warnings, "warning")] if warnings else []
+    parts += [f"{skipped} not looked at"] if skipped else []
+    colour = "red" if wrong else "yellow"
+    return f"[{colour}]{', '.join(parts)}[/{colour}]"

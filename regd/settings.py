@@ -443,8 +443,14 @@ class Settings(BaseSettings):
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def __init__(self, *, _config: Path | None = None, **values: Any) -> None:
-        given = _gather(values, _config)
+    def __init__(
+        self,
+        *,
+        _config: Path | None = None,
+        _secrets: Mapping[str, Path] | None = None,
+        **values: Any,
+    ) -> None:
+        given = _gather(values, _config, _secrets or {})
         try:
             super().__init__(**_nested(given))
         except ValidationError as error:
@@ -516,7 +522,9 @@ class _Layer:
         return _Value(value, origin, self.lines.get(key))
 
 
-def _gather(arguments: dict[str, Any], config: Path | None) -> dict[str, _Value]:
+def _gather(
+    arguments: dict[str, Any], config: Path | None, secrets: Mapping[str, Path]
+) -> dict[str, _Value]:
     """Return the value in force for each dotted key that is given anywhere.
 
     Raises SettingsError, with all mistakes of all sources.
@@ -525,6 +533,7 @@ def _gather(arguments: dict[str, Any], config: Path | None) -> dict[str, _Value]
         config = Path(named)
     readers: list[Callable[[], Iterable[_Layer]]] = [
         lambda: [_read_yaml(config)] if config is not None else [],
+        lambda: [_read_secret(name, path) for name, path in secrets.items()],
         _read_secrets,
         lambda: [_read_environment()],
         lambda: [_Layer(InitSettingsSource(Settings, arguments)(), "argument")],
@@ -649,6 +658,22 @@ def _read_secrets() -> Iterator[_Layer]:
         origins = {_key_of(name): f"secret file {Path(folder, name)}" for name in mine}
         unknown = [k for k in origins if prefix and k.split(".")[0] not in (*LEAVES, *SECTIONS)]
         yield _Layer(values | dict.fromkeys(unknown), f"secret files in {folder}", origins)
+
+
+def _read_secret(name: str, path: Path) -> _Layer:
+    """Return what one secret file holds, for the key that `name` stands for (alyx__token)."""
+    key = _key_of(name)
+    origin = f"secret file {path}"
+    if key not in SECRETS:
+        return _Layer({}, origin)
+    try:
+        text = path.read_text()
+        exposed = list(_exposed(path, key))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
+        return _Layer({}, origin, mistakes=[f"{path}: cannot be read ({reason}); correct it"])
+    section, leaf = key.split(".")
+    return _Layer({section: {leaf: text.removesuffix("\n")}}, origin, mistakes=exposed)
 
 
 class _Loader(yaml.SafeLoader):
@@ -870,13 +895,14 @@ class Row(NamedTuple):
     origin: str
 
 
-def load(config: Path | None = None) -> Loaded:
+def load(config: Path | None = None, secrets: Mapping[str, Path] | None = None) -> Loaded:
     """Return the settings, with where each came from.
 
-    `config` is the YAML file; $REGD_CONFIG names it if it is None.
+    `config` is the YAML file; $REGD_CONFIG names it if it is None. `secrets` are secret files by
+    their names (alyx__token), beside those in $CREDENTIALS_DIRECTORY.
     Raises SettingsError, one line a mistake.
     """
-    settings = Settings(_config=config)
+    settings = Settings(_config=config, _secrets=secrets)
     given = settings._origins
     return Loaded(settings, {key: given.get(key, "default") for key in LEAVES})
 

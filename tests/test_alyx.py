@@ -5,9 +5,7 @@ import datetime
 import http.server
 import json
 import logging
-import shutil
 import ssl
-import subprocess
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -901,27 +899,6 @@ def test_every_request_counts_against_the_limit() -> None:
 
 
 # --- TLS -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the certificate of an authority (ca.pem), and a server's (server.pem)."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("makes certificates with the openssl command, which is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-
-    def run(*command: str) -> None:
-        subprocess.run([openssl, *command], cwd=folder, check=True, capture_output=True)
-
-    new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    run(*new, "-x509", "-days", "2", "-subj", "/CN=a lab", "-keyout", "ca.key", "-out", "ca.pem",
-        "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
-    run(*new, "-subj", "/CN=127.0.0.1", "-keyout", "server.key", "-out", "server.csr")
-    (folder / "extra").write_text("subjectAltName=IP:127.0.0.1\n")
-    run("x509", "-req", "-days", "2", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-        "-CAcreateserial", "-extfile", "extra", "-out", "server.pem")  # fmt: skip
-    return folder
 
 
 @pytest.fixture

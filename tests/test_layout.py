@@ -28,9 +28,9 @@ PURE += ["glance"]
 ORDER = [
     *PURE,
     *["settings", "logs", "counts"],
-    *["mounts", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
+    *["mounts", "host", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service"],
-    *["status", "web", "screen"],
+    *["status", "web", "check", "screen"],
     *["sandbox", "demo", "cli", "__main__"],
 ]
 # What can neither read a disk or a clock, nor reach a network ...
@@ -200,4 +200,4 @@ def test_help_is_there(command):
 
 
 def test_all_commands_are_there():
-    assert COMMANDS == ["config", "demo", "retry", "run", "sandbox", "scan", "status"]
+    assert COMMANDS == ["check", "config", "demo", "retry", "run", "sandbox", "scan", "status"]

@@ -58,7 +58,7 @@ class _Prompt(uvicorn.Server):
         self.up.set()
 
     async def main_loop(self) -> None:
-        ticks = 0
+        ticks = -1  # so that the first answer has a date, as all others
         while not await self.on_tick(ticks := ticks + 1):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._told.wait(), 0.1)
