@@ -6,13 +6,16 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean test chaos bench lint clean
+.PHONY: help demo demo-clean test test-browser chaos bench lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo        see regd register a recording, with a stand-in for Alyx; keeps ./demo"
 	@echo "make demo-clean  remove ./demo"
 	@echo "make test        ruff, mypy, bandit and pytest"
+	@echo "make test-browser"
+	@echo "                 the status page in Chromium (apt install chromium chromium-driver); make test"
+	@echo "                 does that, too, where these are; SHOTS=folder keeps pictures"
 	@echo "make chaos       the tests of crashes, faults and bad input at full length; N=1000 sets how"
 	@echo "                 often each random part runs, SEED=1 what is random, PART=crashes which"
 	@echo "make bench       how fast regd is, beside what else does the same: ONLY=matching,scan names"
@@ -36,6 +39,11 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/pytest
+
+test-browser: $(READY)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  echo "make: there is no Chromium: on Debian, apt install chromium chromium-driver" >&2; exit 1; }
+	$(if $(SHOTS),mkdir -p $(SHOTS) && REGD_TEST_SHOTS=$(SHOTS)) $(BIN)/pytest tests/test_page.py -v
 
 N    ?= 1000
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')

@@ -34,7 +34,8 @@ from regd.settings import Settings
 from regd.status import report
 
 EVERY_S = 1.0
-"""Least seconds from one report to the next; ten times what a report takes, if that is longer."""
+"""Least seconds from one report to the next; ten times what a report takes, if that is longer, but
+no more than `_RENEW_S`."""
 BEAT_S = 10.0
 """How often a page is told that regd is there, in seconds."""
 MOST_PAGES = 200
@@ -453,5 +454,6 @@ class _Server(uvicorn.Server):
                     hint = getattr(error, "hint", "")
                     _log.error("page.failed", reason=told, hint=hint)
                 self._in_loop(self._news.wake)
-            self._ended.wait(max(EVERY_S, 10 * (time.monotonic() - began_at)))
+            took_s = time.monotonic() - began_at
+            self._ended.wait(min(max(EVERY_S, 10 * took_s), _RENEW_S))
         self._reporter.close()

@@ -2,11 +2,11 @@
 // from the disk: they become text, never markup.
 
 const SILENT_MS = 25_000; // regd tells something every 10 s
-const OLD_S = 75; // it looks anew once a second, and has 30 s for that in the worst of times
+const OLD_S = 75; // it looks anew once a second, and twice a minute in the worst of times
 const GRACE_MS = 4_000; // a restart of regd is no reason to call anybody
 const AGAIN_MS = [1_000, 2_000, 5_000, 10_000, 20_000];
-const MARKS = { good: "✓", busy: "↑", waiting: "…", alarm: "!", lost: "×" };
-const ROW_MARKS = { done: "✓", working: "↑", waiting: "…", held: "⏸\uFE0E", parked: "!" };
+const MARKS = { good: "✓", busy: "↑", waiting: "…", alarm: "!", lost: "✕" };
+const ROW_MARKS = { done: "✓", working: "↑", waiting: "…", held: "–", parked: "!" };
 const ICON_COLOURS = {
   good: ["#14632f", "#fff"],
   busy: ["#1250b0", "#fff"],
@@ -150,6 +150,13 @@ function statement() {
         facts ? " What is below is how things stood then." : ""}`,
     };
   }
+  if (facts && Date.now() / 1000 + behindS - checkedAt > OLD_S) {
+    return {
+      state: "lost", title: "regd has no news", since: checkedAt, what_since: "Since",
+      text: "It runs, but is too busy to look, or its disk does not answer. What is below is how things stood then.",
+      detail: "",
+    };
+  }
   return facts?.statement ?? null;
 }
 
@@ -159,14 +166,10 @@ function showStatement() {
   const now = statement();
   if (!now) return;
   $("whole").dataset.state = now.state;
-  say($("title"), now.title);
+  say($("title"), now.title.replace(/(\d) /g, "$1\u00A0")); // "2 files" stay on one line
   sayTime($("since"), `${now.what_since} `, now.since);
   say($("text"), now.text);
   sayOrHide($("detail"), now.detail);
-  const lost = now.state === "lost";
-  const old = !lost && Date.now() / 1000 + behindS - checkedAt > OLD_S;
-  sayTime($("old"), "These figures are old: regd is busy, or its disk does not answer. As of ",
-    old ? checkedAt : null);
   const where = facts ? facts.host : location.hostname;
   const title = `${MARKS[now.state]} ${now.title} · ${where}`;
   if (document.title !== title) document.title = title;
