@@ -45,12 +45,20 @@ Config = Annotated[
         show_default=False,
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print it for a program.")]
+_UNBROKEN = 100_000  # columns
 _DEFAULT_CONFIG = Path("/etc/regd/regd.yaml")
 
 
 def _show(shown: RenderableType) -> None:
-    """Print what `regd.screen` has made; a line that is to be copied whole is not cut."""
+    """Print what `regd.screen` has made; where no terminal asks for it, no line is broken."""
+    if not out.is_terminal:
+        out.width = _UNBROKEN
     out.print(shown, crop=False)
+
+
+def _print_json(facts: Report) -> None:
+    print(json.dumps(facts, indent=2))
 
 
 def main() -> None:
@@ -327,18 +335,31 @@ def _scan_facts(journal: Journal) -> Report:
 @app.command()
 def status(
     config: Config = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it for a program.")] = False,
+    as_json: AsJson = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Keep it on the screen, up to date.")
+    ] = False,
 ) -> None:
     """Say what is registered, what waits, and what needs a person."""
+    from regd.errors import InvalidInput
     from regd.status import report
 
     settings = _load(config).settings
+    if watch:
+        from regd.live import watch as watch_status
+
+        if as_json or not out.is_terminal:
+            raise InvalidInput("--watch needs a terminal", hint="for programs: regd status --json")
+        stop = threading.Event()
+        _on_signal(stop.set)
+        watch_status(settings, out, stop)
+        return
     with _journal(settings, read_only=True) as journal:
         facts = report(settings, journal)
     if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    _show(screen.status(facts))
+        _print_json(facts)
+    else:
+        _show(screen.status(facts, screen.FITTING[1] if out.is_terminal else screen.ALL))
 
 
 @app.command()

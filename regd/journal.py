@@ -148,7 +148,8 @@ class Journal:
         self._asked = 0  # how often through this object, which SQLite does not tell
         if read_only and not path.exists():
             raise NeedsHuman(
-                f"there is no journal at {path}", hint="has `regd run` or `regd scan` run yet?"
+                f"there is no journal at {path}",
+                hint="start regd: sudo systemctl start regd, or `regd run`; or, once: regd scan",
             )
         self._check_file(create=not read_only)
         with self._explained():
@@ -794,16 +795,27 @@ class Journal:
         ]
 
     def sessions_of(self, date: str, limit: int = -1) -> list[SessionRow]:
-        """Return the sessions recorded on that day (YYYY-MM-DD), by folder."""
-        return [
+        """Return the sessions recorded on that day (YYYY-MM-DD), by folder.
+
+        Where there are more than `limit`, those that are not done go first, then the latest.
+        """
+        found = [
             _session(row)
             for row in self._rows(
                 f"SELECT {_SESSION_COLUMNS} FROM session"  # noqa: S608
-                " WHERE date = ? ORDER BY folder LIMIT ?",
+                " WHERE date = ? ORDER BY state = 'done', changed_at DESC LIMIT ?",
                 date,
                 limit,
             )
         ]
+        return sorted(found, key=lambda row: row.folder)
+
+    def counts_of(self, date: str) -> dict[SessionState, int]:
+        """Return how many sessions recorded on that day are in each state."""
+        counts = dict(
+            self._rows("SELECT state, count(*) FROM session WHERE date = ? GROUP BY state", date)
+        )
+        return {state: counts.get(state, 0) for state in SessionState}
 
     def find(self, name: str, limit: int = 20) -> list[SessionRow]:
         """Return the sessions that a person may mean, the latest date first.

@@ -6,19 +6,29 @@ import datetime
 import fcntl
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from regd.alyx import AlyxClient
-from regd.errors import DataRootAway, RegdError, Unauthorized
+from regd.errors import (
+    DataRootAway,
+    InvalidInput,
+    InvalidPath,
+    RegdError,
+    Unauthorized,
+    printable,
+)
 from regd.journal import FileRow, Journal, SessionRow, asides
 from regd.model import FileState, SessionState
+from regd.paths import parse_dataset, session_depth
 from regd.settings import Settings
 from regd.worker import check_root
 
 _LISTED = 200  # sessions of one state that are listed one by one
+_NAMED = 8  # sessions that a person may have meant
 _ALYX_WITHIN_S = 5.0
 
 Report = dict[str, Any]
@@ -40,14 +50,17 @@ def report(
         today: The rig's local date, if not by its clock.
 
     Returns:
-        A dict that JSON can hold: ``data_root``, ``daemon``, ``alyx``, ``away`` (what all work
-        waits for, or None), ``sessions`` and ``files`` (how many are in each state), ``today``
-        (sessions recorded today), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
+        A dict that JSON can hold: ``at`` (when that was), ``data_root``, ``daemon``, ``alyx``,
+        ``away`` (what all work waits for, or None), ``sessions`` and ``files`` (how many are in
+        each state), ``day``, ``today`` (sessions recorded on it), ``today_sessions`` (how many of
+        them are in each state), ``waiting``, ``working``, ``held``, ``parked`` (sessions),
         ``waiting_since`` (when the work came up that has waited longest), ``refused``,
         ``unfinished`` (files; the latter are written to for very long, or the disk fails on them),
         ``strays``, ``backlog``, ``problems`` (each a ``what``, ``reason`` and ``hint``: all that a
-        person has to mend), ``needs_human`` (how many those are).
+        person has to mend), ``needs_human`` (how many those are). Of sessions in one state 200 are
+        listed at most. Times are seconds since 1970.
     """
+    at = time.time()
     day = today or datetime.date.today()  # sessions are named by the local date
     sessions, in_files = journal.counts()
     refused = list(_grouped(journal.files_in(FileState.REFUSED)))
@@ -70,13 +83,16 @@ def report(
         *({"what": s["path"], **s} for s in strays),
     ]
     return {
+        "at": at,
         "data_root": journal.fact("data_root"),
         "daemon": {"running": running},
-        "alyx": _alyx(settings, away, ask=ask_alyx),
+        "alyx": {"asked": ask_alyx or running, **_alyx(settings, away, ask=ask_alyx)},
         "away": away,
-        "sessions": {str(state): count for state, count in sessions.items()},
-        "files": {str(state): count for state, count in in_files.items()},
+        "sessions": _named(sessions),
+        "files": _named(in_files),
+        "day": day.isoformat(),
         "today": _shown(journal, journal.sessions_of(day.isoformat(), limit=_LISTED)),
+        "today_sessions": _named(journal.counts_of(day.isoformat())),
         "working": _sessions(journal, SessionState.WORKING),
         "waiting": _sessions(journal, SessionState.WAITING),
         "held": _sessions(journal, SessionState.HELD),
@@ -87,8 +103,12 @@ def report(
         "waiting_since": journal.waiting_since(),
         "backlog": journal.fact("backlog") or {"sessions": 0, "files": 0},
         "problems": [{key: p[key] for key in ("what", "reason", "hint")} for p in problems],
-        "needs_human": len(problems),
+        "needs_human": len(problems) + sessions[SessionState.PARKED] - len(parked),
     }
+
+
+def _named(counts: Mapping[Any, int]) -> dict[str, int]:
+    return {str(state): count for state, count in counts.items()}
 
 
 def _of_the_whole(
@@ -114,6 +134,97 @@ def _of_the_whole(
             "reason": "the journal was damaged; it was set aside, and a new one is built",
             "hint": hint,
         }
+
+
+def story(settings: Settings, journal: Journal, row: SessionRow) -> Report:
+    """Return all that is known of one session.
+
+    Returns:
+        A dict that JSON can hold: what `report` says of a session, and ``first_seen_at``, ``url``
+        (its record on Alyx), ``history`` (each a ``what`` of `model.Happening`, ``about``,
+        ``target``, ``times``, ``first_at``, ``last_at``), ``is_there`` (whether its folder is),
+        and ``by_file``: of each file what the journal has of it, and its ``revision``.
+    """
+    (shown,) = _shown(journal, [row])
+    url = f"{settings.alyx.url}/sessions/{row.eid}" if settings.alyx.url and row.eid else None
+    there = settings.data_root is not None and _is_there(settings, row.folder)
+    return {
+        "at": time.time(),
+        **shown,
+        "url": url,
+        "is_there": there,
+        "first_seen_at": row.first_seen_at,
+        "history": [
+            {
+                "what": str(event.name),
+                "about": event.about,
+                "target": event.target,
+                "times": event.times,
+                "first_at": event.first_at,
+                "last_at": event.last_at,
+            }
+            for event in journal.history(row.id)
+        ],
+        "by_file": [
+            {
+                "path": file.path,
+                "state": str(file.state),
+                "size_bytes": file.signature.size,
+                "md5": file.md5,
+                "dataset_id": file.dataset_id,
+                "revision": _revision(file.path),
+                "move_to": file.move_to,
+                "reason": file.reason,
+                "hint": file.hint,
+                "modified_at": file.signature.mtime_ns / 1e9,
+                "first_seen_at": file.first_seen_at,
+                "changed_at": file.changed_at,
+            }
+            for _, file in sorted(journal.files(row.id).items())
+        ],
+    }
+
+
+def _revision(path: str) -> str | None:
+    try:
+        return parse_dataset(path).revision or None
+    except InvalidPath:
+        return None
+
+
+def find_session(settings: Settings, journal: Journal, name: str) -> SessionRow:
+    """Return the session that a person means.
+
+    Args:
+        settings: Where the data root is.
+        journal: What is known.
+        name: Its folder, or a file in it, here or below the data root; its UUID on Alyx; subject,
+            date and number; or a part of its folder that no other has.
+
+    Raises:
+        InvalidInput: There is none of that name, or several.
+    """
+    name = printable(name)  # no session is called otherwise
+    tries = [name.strip("/")]
+    if settings.data_root is not None:
+        root = settings.data_root.resolve()
+        path = Path(name).resolve()  # from the folder that the person is in
+        if path.is_relative_to(root):
+            tries.insert(0, path.relative_to(root).as_posix())
+    for text in tries:
+        parts = text.split("/")
+        depth = session_depth(tuple(parts))
+        found = journal.find("/".join(parts[:depth] if depth else parts)) if text else []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            some = ", ".join(row.folder for row in found[:_NAMED])
+            more = ", ..." if len(found) > _NAMED else ""
+            raise InvalidInput(f"{name} may be several sessions", hint=f"name one: {some}{more}")
+    raise InvalidInput(
+        f"regd knows no session {name}",
+        hint="`regd status` shows how it is called; one that is old and has no flag is left alone",
+    )
 
 
 def _is_there(settings: Settings, path: str) -> bool:
