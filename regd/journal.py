@@ -803,7 +803,7 @@ class Journal:
             _session(row)
             for row in self._rows(
                 f"SELECT {_SESSION_COLUMNS} FROM session"  # noqa: S608
-                " WHERE date = ? ORDER BY state = 'done', changed_at DESC LIMIT ?",
+                " WHERE date = ? ORDER BY state = 'done', changed_at DESC, folder LIMIT ?",
                 date,
                 limit,
             )
