@@ -937,12 +937,14 @@ class Journal:
             states: One or more.
             hinted: Whether to return only those that a person can do something about.
         """
+        # the index of those that are not registered is used only where SQLite sees that it may be
+        indexed = "" if FileState.REGISTERED in states else "AND file.state <> 'registered'"
         return [
             (row[0], _file(row[1:]))
             for row in self._rows(
                 f"SELECT folder, {', '.join('file.' + c for c in _FILE_COLUMNS.split(', '))}"  # noqa: S608
                 f" FROM file JOIN session ON session.id = session_id"
-                f" WHERE file.state IN ({','.join('?' * len(states))})"
+                f" WHERE file.state IN ({','.join('?' * len(states))}) {indexed}"
                 f" {'AND file.hint IS NOT NULL' if hinted else ''} ORDER BY folder, path",
                 *states,
             )
@@ -984,6 +986,7 @@ class Journal:
         )
         (files,) = self._rows(
             "SELECT count(*) FROM file WHERE state IN ('settling', 'ready', 'placing')"
+            " AND state <> 'registered'"  # so that SQLite sees that the index will do
         )
         return sessions[0], files[0]
 
