@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from regd.journal import Journal
+    from regd.service import Service
     from regd.settings import Loaded, Settings
     from regd.status import Report
 
@@ -164,6 +165,7 @@ def run(config: Config = None) -> None:
         lock(settings.state_dir),
         Service(settings, threading.Event(), reread=reread) as service,
         _page(settings, service.stop),
+        _metrics(settings, service),
     ):
         _on_signal(service.end)
         service.run()
@@ -176,6 +178,15 @@ def _page(settings: Settings, stop: threading.Event) -> AbstractContextManager[o
     from regd.web import Page
 
     return Page(settings, stop)
+
+
+def _metrics(settings: Settings, service: Service) -> AbstractContextManager[object]:
+    """Return what tells Prometheus of the daemon, if that is wanted: it is not loaded otherwise."""
+    if settings.metrics.port is None and settings.metrics.textfile is None:
+        return nullcontext()
+    from regd.metrics import Exporter
+
+    return Exporter(settings, service.client.alyx.counts)
 
 
 def _on_signal(end: Callable[[], None]) -> None:

@@ -731,6 +731,7 @@ class Service:
                 everything = False
             overflow = self._take_hints()
             if overflow:
+                self.client.alyx.counts.add(overflows=1)
                 _log.warning("watch.overflowed", reason="events were lost: scanning")
                 next_scan_at = self._clock()
             if (latest := self.journal.version()) != version:
@@ -759,6 +760,7 @@ class Service:
         if below:
             return
         self._scan_took_s = self._clock() - started_at
+        self.client.alyx.counts.scanned(self._scan_took_s)
         _log.info(
             "scan.finished",
             sessions=result.sessions,
@@ -790,8 +792,10 @@ class Service:
         if hint is None and self._hints.empty():
             return
         notes: dict[str, _Note] = {}
+        told = 0
         while True:
             if hint is not None:
+                told += bool(hint.path)
                 self._overflowed |= hint.overflow
                 if hint.path and not self._ignores(hint.path):
                     self._take_hint(hint, notes)
@@ -799,6 +803,7 @@ class Service:
                 hint = self._hints.get_nowait()
             except queue.Empty:
                 break
+        self.client.alyx.counts.add(hints=told)
         with self.journal.together():
             for note in notes.values():
                 other = self.journal.note(

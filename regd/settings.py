@@ -186,6 +186,13 @@ def _host(value: str) -> str:
     return host
 
 
+def _prom_file(value: Path | None) -> Path | None:
+    # node_exporter looks at no other names
+    if value is not None and not (value.is_absolute() and value.suffix == ".prom"):
+        raise ValueError("must be a whole path that ends in .prom")
+    return value
+
+
 OptionalText = Annotated[str | None, BeforeValidator(_blank_is_none), AfterValidator(_strip)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_as_path)]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
@@ -376,6 +383,32 @@ class WebSettings(_Section):
     )
 
 
+class MetricsSettings(_Section):
+    """Numbers for Prometheus. None are made unless a port or a file is named."""
+
+    port: Annotated[
+        Annotated[Count, Field(ge=0, le=65535)] | None, BeforeValidator(_blank_is_none)
+    ] = Field(
+        default=None,
+        description="Port that `/metrics` is served on; 0: a free one, which the log names. Null: "
+        "on none.",
+    )
+    host: Annotated[str, AfterValidator(_host)] = Field(
+        default="127.0.0.1",
+        description="Address that this port is on; by default only this computer can ask.",
+    )
+    textfile: Annotated[OptionalPath, AfterValidator(_prom_file)] = Field(
+        default=None,
+        description="File that the metrics are written to for node_exporter's textfile collector, "
+        "such as `/var/lib/prometheus/node-exporter/regd.prom`. Null: none.",
+    )
+    every_s: Annotated[Seconds, Field(ge=1)] = Field(
+        default=15,
+        description="Seconds from one writing of that file to the next; the journal is read no "
+        "more often for the port, either.",
+    )
+
+
 class LogSettings(_Section):
     """What is logged, and in what form."""
 
@@ -439,6 +472,7 @@ class Settings(BaseSettings):
         default=4, description="Sessions worked on at the same time, 1 to 32."
     )
     web: WebSettings = Field(default_factory=WebSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -929,7 +963,11 @@ def check_for_daemon(settings: Settings, origins: Mapping[str, str]) -> None:
 
     `origins` is that of `load`. Raises SettingsError, one line a mistake.
     """
-    mistakes = [*_check_folders(settings, origins), *_check_credentials(settings)]
+    mistakes = [
+        *_check_folders(settings, origins),
+        *_check_textfile(settings, origins),
+        *_check_credentials(settings),
+    ]
     if mistakes:
         raise SettingsError(mistakes)
 
@@ -985,6 +1023,16 @@ def _check_folders(settings: Settings, origins: Mapping[str, str]) -> Iterator[s
         yield (
             f"{state_where}: state_dir {_shown('state_dir', state)} must be outside data_root "
             f"{shown}; name another folder on a local disk"
+        )
+
+
+def _check_textfile(settings: Settings, origins: Mapping[str, str]) -> Iterator[str]:
+    root, file = settings.data_root, settings.metrics.textfile
+    if root and file and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(root)):
+        yield (
+            f"{origins.get('metrics.textfile', 'default')}: metrics.textfile "
+            f"{_shown('metrics.textfile', file)} must be outside data_root; name the folder that "
+            "node_exporter reads (--collector.textfile.directory)"
         )
 
 

@@ -465,6 +465,7 @@ class Worker:
             self.journal.set_creating(row.id, unknown)
             raise
         eid = str(record["id"])
+        self.client.alyx.counts.add(sessions_created=1)
         _log.info("session.created", eid=eid)
         # a session just created holds nothing that the journal could not know
         self.journal.identify(row.id, eid, doubt=False)
@@ -808,6 +809,8 @@ class Worker:
             for r in rows
         ]
         self.journal.write_files(row.id, done)
+        size_bytes = sum(r.signature.size for r in done)
+        self.client.alyx.counts.add(files_registered=len(done), registered_bytes=size_bytes)
         for r in done:
             _log.info("file.registered", path=r.path, size_bytes=r.signature.size, id=r.dataset_id)
 

@@ -22,6 +22,7 @@ import pytest
 import typer
 import yaml
 
+from regd import metrics
 from regd.cli import app
 from regd.model import FileState, SessionState
 from regd.sandbox.server import Server
@@ -63,14 +64,19 @@ def test_settings_table() -> None:
     assert between("settings") == markdown_table()
 
 
+def test_metrics_table() -> None:
+    assert between("metrics") == metrics.markdown_table()
+
+
 def test_events_table() -> None:
     """Every event that the daemon's code can log is in the table, and nothing else."""
-    daemon = [PROJECT / "regd" / f"{m}.py" for m in ("service", "worker", "scan", "alyx", "web")]
+    names = ("service", "worker", "scan", "alyx", "web", "metrics")
+    daemon = [PROJECT / "regd" / f"{m}.py" for m in names]
     code = "\n".join(path.read_text() for path in daemon)
     logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
     for kind in ("alyx", "root"):
         logged |= {f"{kind}.away", f"{kind}.back"}
-    for kind in ("watch", "settings"):
+    for kind in ("watch", "settings", "metrics"):
         logged |= {f"{kind}.failed", f"{kind}.mended"}
     listed = set(
         re.findall(

@@ -30,7 +30,7 @@ ORDER = [
     *["settings", "logs", "counts"],
     *["mounts", "host", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service"],
-    *["status", "web", "check", "screen", "live"],
+    *["status", "web", "metrics", "check", "screen", "live"],
     *["sandbox", "demo", "cli", "__main__"],
 ]
 # What can neither read a disk or a clock, nor reach a network ...
@@ -130,7 +130,9 @@ def loaded_by(code: str) -> set[str]:
 
 def test_the_daemon_loads_nothing_heavy():
     everything = "import regd.__main__, regd.service, regd.status, regd.registration"
-    assert not loaded_by(everything) & {*HEAVY, "numpy._core"}
+    loaded = loaded_by(everything)
+    assert not loaded & {*HEAVY, "numpy._core"}
+    assert not loaded & {"regd.metrics", "prometheus_client"}  # only where they are asked for
 
 
 @pytest.mark.parametrize("use", ["from numpy import linalg", "import numpy.linalg as linalg"])
