@@ -1263,3 +1263,20 @@ def test_what_is_in_work_or_being_moved_is_not_forgotten(journal: Journal) -> No
         journal.forget(row.id)
     assert "regd retry" in caught.value.hint
     assert journal.files(row.id)["a"].move_to == "#r#/a"
+
+
+def test_what_is_not_registered_is_found_without_reading_the_rest(journal: Journal) -> None:
+    asked: list[str] = []
+    journal._db.set_trace_callback(asked.append)
+    journal.left()
+    journal.files_in(FileState.REFUSED)
+    journal.files_in(FileState.SETTLING, FileState.READY, hinted=True)
+    journal._db.set_trace_callback(None)
+    of_files = [query for query in asked if "FROM file" in query]
+    assert len(of_files) == 3
+    for query in of_files:
+        plan = journal._db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
+        assert any(
+            "USING INDEX file_state" in str(step) or "COVERING INDEX file_state" in str(step)
+            for step in plan
+        ), plan

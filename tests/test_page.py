@@ -124,6 +124,7 @@ class Told:
     def __init__(self, rig: Rig, journal: Journal) -> None:
         self.rig, self.journal = rig, journal
         self.today = rig.date
+        self._due_at = 0
 
     def session(
         self,
@@ -140,7 +141,8 @@ class Told:
         path = parse_session((subject, date or self.today, f"{number:03d}"))
         journal = self.journal
         with journal.together():
-            journal.note(path, due_at=0)
+            self._due_at -= 1  # it is claimed next
+            journal.note(path, due_at=self._due_at)
             row = journal.session(path.folder)
             assert row is not None
             rows = []
@@ -161,10 +163,12 @@ class Told:
                             hint=RETRY if kind == "refused" else None,
                         )
                     )
-            journal.write_files(row.id, rows)
+            gone = journal.files(row.id).keys() - {known.path for known in rows}
+            journal.write_files(row.id, rows, gone)
             if state is not SessionState.WAITING:
-                while (claimed := journal.claim()) is not None and claimed.id != row.id:
-                    pass
+                claimed = journal.claim()
+                assert claimed is not None
+                assert claimed.id == row.id
                 if state is not SessionState.WORKING:
                     journal.release(row.id, state, due_at=1e11, reason=reason, hint=hint)
 
@@ -353,6 +357,35 @@ def test_names_are_text(told: Told, browser: Browser, show: Callable[[], Page]) 
     assert browser.run("return document.querySelectorAll('img, h3 b').length") == 0
     assert "owned" not in browser.driver.title
     assert browser.complaints() == []
+
+
+def test_a_page_open_for_weeks_holds_no_more_than_at_first(
+    told: Told, browser: Browser, show: Callable[[], Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web, "EVERY_S", 0.01)
+
+    def held() -> dict[str, int]:
+        browser.cdp("HeapProfiler.collectGarbage")
+        kinds = browser.cdp("Memory.getDOMCounters")
+        return {kind: kinds[kind] for kind in ("nodes", "jsEventListeners")}
+
+    def change(times: int) -> None:
+        for number in range(times):
+            told.session(1, registered=number % 7 + 1, refused=number % 3)
+            told.session(2, SessionState.WAITING, settling=number % 5 + 1)
+            files = f"{number % 5 + 1} file"
+            until(lambda files=files: files in browser.text("#whole"))
+        told.session(1, registered=1)
+        told.session(2, registered=1)
+        until(lambda: browser.text("#title") == "All registered")
+
+    show()
+    change(6)
+    before = held()
+    change(40)
+    after = held()
+    assert after["jsEventListeners"] <= before["jsEventListeners"]
+    assert after["nodes"] <= before["nodes"] + 20
 
 
 # --- who cannot see it, or not well --------------------------------------------------------------
