@@ -38,7 +38,8 @@ def glance(facts: Facts) -> dict[str, Any]:
         shown[kind] = [{**s, "words": in_words(s, facts["away"])} for s in shown[kind]]
     shown["statement"] = statement(facts, len(all_chores))
     shown["chores"] = all_chores[:LISTED]
-    shown["more_chores"] = len(all_chores) - len(shown["chores"])
+    not_told = facts["needs_human"] - len(facts["problems"])  # there are too many
+    shown["more_chores"] = len(all_chores) - len(shown["chores"]) + not_told
     return shown
 
 
@@ -123,6 +124,8 @@ def in_words(session: Facts, away: Facts | None) -> str:
     """Return what is going on with one session of a report, and what all work waits for."""
     refused = session["files"].get("refused", 0)
     match session["state"]:
+        case "done" if session["reason"]:  # the one there is
+            return "its folder is gone"
         case "done" if refused:
             return f"registered, but for {count(refused, 'file')}"
         case "done":
@@ -133,10 +136,12 @@ def in_words(session: Facts, away: Facts | None) -> str:
             return "on hold: it has no flag yet"
         case "parked":
             return "needs you"
-    if away and away["kind"] == "alyx":
-        return "waits for Alyx"
-    if session["reason"]:
+    if away:
+        return "waits for the data folder" if away["kind"] == "root" else "waits for Alyx"
+    if session["hint"] is not None:  # it failed
         return f"tried again: {session['reason']}"
+    if session["reason"]:
+        return f"waits: {session['reason']}"
     if session["files"].get("settling"):
         return "waits until its files are finished"
     return "next in line"

@@ -27,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from regd import __version__
 from regd.errors import RegdError
-from regd.glance import LISTED, glance
+from regd.glance import glance
 from regd.journal import FILE_NAME, Journal
 from regd.logs import get_logger
 from regd.settings import Settings
@@ -182,25 +182,20 @@ class Reporter:
             return False
         facts = self._gather(self._journal, day)
         self._seen, self._made_at = seen, self._clock()
+        at = facts.pop("at")
         if facts == self._facts:
             return False
         self._facts = facts
         self._number += 1
-        body = json.dumps({**facts, "at": self._now()})
+        body = json.dumps({"at": at, **facts})
         self.latest = _Snapshot(f"{self._begun}-{self._number}", body)
         return True
 
     def _gather(self, journal: Journal, day: datetime.date) -> dict[str, Any]:
         facts = report(self._settings, journal, ask_alyx=False, today=day)
-        of_today = len(facts["today"])
-        if of_today == LISTED:
-            of_today = len(journal.sessions_of(day.isoformat()))
-        scanned = (journal.fact("backlog") or {}).get("at")
         return {
             **glance(facts),
-            "date": day.isoformat(),
-            "of_today": of_today,
-            "scanned_at": scanned,
+            "scanned_at": facts["backlog"].get("at"),
             "host": socket.gethostname(),
             "version": __version__,
             "flag": self._settings.flag,

@@ -37,6 +37,7 @@ def report(*sessions: dict[str, Any], **more: Any) -> dict[str, Any]:
     problems += [{"what": s["path"], **s} for s in facts["strays"]]
     facts.setdefault("problems", [])
     facts["problems"] += [{k: p[k] for k in ("what", "reason", "hint")} for p in problems]
+    facts.setdefault("needs_human", len(facts["problems"]))
     return facts
 
 
@@ -130,6 +131,9 @@ def test_no_more_is_shown_than_anybody_reads() -> None:
     assert len(facts["chores"]) == len(facts["problems"]) == len(facts["refused"]) == LISTED
     assert facts["more_chores"] == 50
     assert facts["statement"]["title"] == "250 things need you"
+    parked = {**session("m/1", "parked"), "reason": "no such subject", "hint": RETRY}
+    facts = glance(report(parked, needs_human=300))
+    assert (len(facts["chores"]), facts["more_chores"]) == (1, 299)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,14 @@ def test_commands_in_hints(hint: str, typed: list[str]) -> None:
         (session("m", "waiting", settling=2), None, "waits until its files are finished"),
         (session("m", "waiting"), None, "next in line"),
         (session("m", "waiting", settling=2), AWAY, "waits for Alyx"),
-        ({**session("m", "waiting"), "reason": "disk full"}, None, "tried again: disk full"),
+        (session("m", "waiting"), {**AWAY, "kind": "root"}, "waits for the data folder"),
+        (
+            {**session("m", "waiting"), "reason": "disk full", "hint": ""},
+            None,
+            "tried again: disk full",
+        ),
+        ({**session("m", "waiting"), "reason": "regd ended"}, None, "waits: regd ended"),
+        ({**session("m", "done"), "reason": "gone"}, None, "its folder is gone"),
     ],
 )
 def test_a_session_in_words(one: dict[str, Any], away: Any, words: str) -> None:

@@ -312,10 +312,11 @@ function show() {
 
   const today = new Set(facts.today.map((s) => s.session));
   $("today").hidden = false;
-  showRows("today", [...facts.today].sort(byUrgency), facts.of_today - facts.today.length,
+  showRows("today", [...facts.today].sort(byUrgency),
+    Object.values(facts.today_sessions).reduce((sum, n) => sum + n, 0) - facts.today.length,
     (n) => `And ${count(n, "session")} more of today`);
   sayOrHide($("today").querySelector(".nothing"), !facts.today.length
-    && `No session is dated ${facts.date} yet. As soon as one is recorded, it appears here.`);
+    && `No session is dated ${facts.day} yet. As soon as one is recorded, it appears here.`);
 
   const open = [...facts.working, ...facts.waiting];
   const earlier = open.filter((s) => !today.has(s.session));
