@@ -24,7 +24,7 @@ from rich.console import Console
 from regd import check, host, mounts, screen
 from regd.check import Check, Checkup, Finding, State, clock_offset_s
 from regd.sandbox.server import Server
-from tests.rig import Lab, Rig, write
+from tests.rig import Lab, Rig, idle, until, write
 
 Findings = dict[str, Finding]
 OK = Finding(State.OK, "fine")
@@ -188,7 +188,8 @@ def test_all_is_well_and_nothing_is_changed(
     rig.record()
     sandbox.store.db.execute("DELETE FROM datasettype WHERE name LIKE 'ambiguous%'")
     sandbox.store.db.execute("DELETE FROM datasettype WHERE name LIKE 'widefield.raw%'")
-    with rig.running():
+    with rig.running() as service:
+        until(lambda: not (rig.folder() / "create_me.flag").exists() and idle(service))
         look()  # its settings file is there now
         before = everything_below(rig.root)
         before.pop(str(rig.root / ".regd-owner"))  # the daemon writes to it
