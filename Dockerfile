@@ -22,6 +22,8 @@ WORKDIR /src
 RUN python -m venv /opt/regd
 COPY pyproject.toml README.md LICENSE ./
 COPY regd regd
+COPY config config
+COPY systemd systemd
 RUN /opt/regd/bin/pip install --no-cache-dir .
 
 FROM python:3.12-slim

@@ -303,6 +303,15 @@ class AlyxClient:
         """
         return self._request("OPTIONS", path)
 
+    def log_in(self) -> str:
+        """Return the user's token, which Alyx gives for the password.
+
+        Raises:
+            Unauthorized: It does not accept the password.
+            AlyxAway: It does not answer.
+        """
+        return self._log_in(self._login, refused=None)
+
     def greet(self) -> None:
         """Return if Alyx answers, and takes the credentials; a lost answer is asked for again.
 

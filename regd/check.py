@@ -434,20 +434,14 @@ class Checkup:
         )
         if chosen.observer != "inotify":
             return _ok(f"not used here; {shown}")
-        limits = {name: _inotify_limit(name) for name in _INOTIFY}
-        for name, least in _INOTIFY.items():
-            needed = max(least, tree.folders * 5 // 4 if name == "max_user_watches" else 0)
-            limit = limits[name]
-            if limit is not None and limit < needed:
-                better = max(needed * 2, _INOTIFY_GOOD[name])
-                line = f"fs.inotify.{name}={better}"
-                return _warning(
-                    f"fs.inotify.{name} is {limit}, for {shown}: changes in some are found by "
-                    "scans alone",
-                    f"echo {line} | sudo tee /etc/sysctl.d/90-regd-{name.replace('_', '-')}.conf "
-                    "&& sudo sysctl --system",
-                )
-        most = limits["max_user_watches"]
+        for name, limit, better in low_limits(tree.folders):
+            line = f"fs.inotify.{name}={better}"
+            return _warning(
+                f"fs.inotify.{name} is {limit}, for {shown}: changes in some are found by scans "
+                "alone",
+                f"echo {line} | sudo tee /etc/sysctl.d/90-regd.conf && sudo sysctl --system",
+            )
+        most = _inotify_limit("max_user_watches")
         return _ok(f"{shown}, {most} watches allowed; about {max(1, tree.folders // 1000)} MB")
 
     def _state_folder(self) -> Finding:
@@ -527,6 +521,9 @@ class Checkup:
             why = f" ({result})" if result and result != "success" else ""
             hint = "sudo systemctl start regd; journalctl -u regd -n 30 says why it ended"
             findings.append(_wrong(f"it does not run: {unit.get('ActiveState')}{why}", hint))
+        if unit.get("NeedDaemonReload") == "yes":
+            hint = "sudo systemctl daemon-reload && sudo systemctl restart regd"
+            findings.append(_warning("its files have changed since systemd read them", hint))
         if unit.get("UnitFileState") not in ("enabled", "enabled-runtime", "generated", "static"):
             findings.append(
                 _warning("it is not started when the computer is", "sudo systemctl enable regd")
@@ -834,6 +831,25 @@ def _inotify_limit(name: str) -> int | None:
         return int(Path(f"/proc/sys/fs/inotify/{name}").read_text())
     except (OSError, ValueError):
         return None
+
+
+def low_limits(folders: int) -> list[tuple[str, int, int]]:
+    """Return the kernel's limits that are too low for so many folders: name, value, a better one.
+
+    max_user_watches counts for all programs of a user, and folders are added each day.
+    """
+    low = []
+    for name, least in _INOTIFY.items():
+        needed = max(least, folders * 5 // 4 if name == "max_user_watches" else 0)
+        limit = _inotify_limit(name)
+        if limit is not None and limit < needed:
+            low.append((name, limit, max(needed * 2, _INOTIFY_GOOD[name])))
+    return low
+
+
+def count_folders(root: Path) -> int:
+    """Return how many folders are below one, itself included, as far as can be seen quickly."""
+    return _look_through(root, Ignored(()), "").folders
 
 
 def _look_through(

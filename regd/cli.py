@@ -18,10 +18,11 @@ from rich.console import Console
 from regd import __version__, screen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import RenderableType
 
+    from regd.install import Computer, Step
     from regd.journal import Journal
     from regd.service import Service
     from regd.settings import Loaded, Settings
@@ -466,6 +467,169 @@ def _is_plain() -> bool:
         ctype = ""
     named = os.environ.get("LC_ALL") or ctype or os.environ.get("LANG", "")
     return "utf" not in named.lower() or "utf" not in out.encoding.lower()
+
+
+# --- install, uninstall --------------------------------------------------------------------------
+
+_Root = Annotated[
+    Path,
+    typer.Option("--root", help="A folder that stands for /, to put regd into an image."),
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show all that would be done.")]
+
+
+@app.command()
+def install(
+    data_root: Annotated[
+        str | None, typer.Option(help="The folder that the recordings are written below.")
+    ] = None,
+    alyx_url: Annotated[str | None, typer.Option(help="The address of Alyx.")] = None,
+    username: Annotated[str | None, typer.Option(help="The Alyx user that regd works as.")] = None,
+    repository: Annotated[
+        str | None, typer.Option(help="The Alyx name of this disk's data repository.")
+    ] = None,
+    user: Annotated[
+        str, typer.Option(help="The user of this computer that the service runs as.")
+    ] = "regd",
+    token_file: Annotated[
+        str | None, typer.Option(help="A file with the Alyx token; - for standard input.")
+    ] = None,
+    from_one: Annotated[
+        bool,
+        typer.Option("--from-one", help="Take over address, user and token that ONE has, unasked."),
+    ] = False,
+    one_home: Annotated[
+        Path | None,
+        typer.Option(help="The home folder with ONE's settings.", show_default="the caller's"),
+    ] = None,
+    no_start: Annotated[
+        bool, typer.Option("--no-start", help="Leave the start of the service to you.")
+    ] = False,
+    dry_run: _DryRun = False,
+    root: _Root = Path("/"),
+) -> None:
+    """Install regd as a service of this computer: user, settings, token, systemd unit.
+
+    What is missing is asked for on a terminal. Run again, it does what is left to do; a file that
+    a person has changed is left alone. `regd uninstall` undoes it.
+    """
+    from regd import install as how
+    from regd.errors import NeedsHuman
+
+    _need_root(dry_run, root, "install")
+    computer = how.Computer(root.resolve())
+    held = how.settings_in(computer.read(how.CONFIG))
+    given = {
+        "data_root": data_root,
+        "alyx.url": alyx_url,
+        "alyx.username": username,
+        "repository": repository,
+    }
+    values, token = how.gather(
+        given,
+        _read_token(token_file),
+        held,
+        bool(computer.look(user).token),
+        how.read_one(one_home or how.home_of_caller()),
+        _Person() if sys.stdin.isatty() else None,
+        from_one=from_one,
+    )
+    program = how.program_of_this()
+    seen = computer.look(user, values["data_root"], program)
+    for reason, hint in seen.obstacles:
+        _show(screen.step("wrong", reason, hint))
+    if seen.obstacles and not dry_run:
+        raise NeedsHuman("nothing was done", hint="mend that, then run it again")
+    wanted = how.Wanted(values, token, user, start=not no_start)
+    _carry_out(how.plan(wanted, seen, program=program, root=computer.root), computer, dry_run)
+    if dry_run or no_start or computer.is_image:
+        return
+    raise typer.Exit(min(1, _check(how.CONFIG, as_json=False) // 2))
+
+
+@app.command()
+def uninstall(
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Remove settings, token, journal and user, too.")
+    ] = False,
+    dry_run: _DryRun = False,
+    root: _Root = Path("/"),
+) -> None:
+    """Undo `regd install`. Recorded data is never touched; settings, token and journal stay."""
+    from regd import install as how
+    from regd.errors import NeedsHuman
+
+    _need_root(dry_run, root, "uninstall")
+    computer = how.Computer(root.resolve())
+    if not computer.was_installed:
+        raise NeedsHuman(
+            f"`regd install` was not used here: there is no {how.MANIFEST}",
+            hint="remove what was put there by hand, by hand",
+        )
+    seen = computer.look(computer.user_made or "regd")
+    steps = how.plan_removal(seen, purge=purge, user=computer.user_made)
+    _carry_out(steps, computer, dry_run)
+
+
+def _need_root(dry_run: bool, root: Path, command: str) -> None:
+    import os
+
+    from regd.errors import NeedsHuman
+
+    if os.geteuid() != 0 and not dry_run and root == Path("/"):
+        raise NeedsHuman(f"regd {command} changes the system", hint=f"sudo {sys.argv[0]} {command}")
+
+
+def _read_token(file: str | None) -> str | None:
+    """Return the token in a file, or on standard input."""
+    from regd.errors import InvalidInput
+
+    if file is None:
+        return None
+    text = sys.stdin.read() if file == "-" else Path(file).read_text()
+    if len(text.split()) != 1:
+        raise InvalidInput(f"{file} holds no token", hint="it is one word, as Alyx shows it")
+    return text.strip()
+
+
+class _Person:
+    """Who sits at the terminal."""
+
+    def ask(self, question: str, default: str) -> str:
+        return str(typer.prompt(question, default=default, show_default=bool(default), err=True))
+
+    def confirm(self, question: str) -> bool:
+        return typer.confirm(question, default=True, err=True)
+
+    def secret(self, question: str) -> str:
+        return str(
+            typer.prompt(question, default="", show_default=False, hide_input=True, err=True)
+        )
+
+
+def _carry_out(steps: Sequence[Step], computer: Computer, dry_run: bool) -> None:
+    """Show the steps of a plan, and do them."""
+    from regd.errors import RegdError
+    from regd.install import describe
+
+    for step in steps:
+        action = step.action
+        if dry_run and action is not None:
+            _show(screen.step("would do", step.what, describe(action), step.shown))
+        if action is not None and not dry_run:
+            try:
+                computer.do(action)
+            except (RegdError, OSError) as error:
+                _show(screen.step("failed", step.what, str(error)))
+                hint = "what is done stays; mend that, then run it again"
+                err.print(f"[red]regd:[/red] not all was done ({hint})", soft_wrap=True)
+                raise typer.Exit(2) from None
+            if not step.by_hand:
+                _show(screen.step("done", step.what))
+        if step.by_hand:
+            _show(screen.step("to do", step.what, step.note))
+        elif action is None:
+            _show(screen.step("kept", step.what, step.note))
 
 
 # --- config, sandbox, demo -----------------------------------------------------------------------

@@ -21,7 +21,8 @@ _WITHIN_S = 5.0
 _PROPERTIES = (
     "LoadState", "ActiveState", "SubState", "UnitFileState", "User", "Group",
     "SupplementaryGroups", "DynamicUser", "LoadCredential", "ReadWritePaths", "ProtectSystem",
-    "ProtectHome", "BindPaths", "StateDirectory", "StatusText", "Result",
+    "ProtectHome", "PrivateTmp", "BindPaths", "StateDirectory", "StatusText", "Result",
+    "NeedDaemonReload",
 )  # fmt: skip
 _RIGHTS = {"r": (os.R_OK, 4), "w": (os.W_OK, 2), "x": (os.X_OK, 1)}
 
@@ -75,12 +76,20 @@ class Unit:
         at_home = any(folder.is_relative_to(home) for home in ("/home", "/root", "/run/user"))
         if at_home and self.get("ProtectHome") in ("yes", "tmpfs"):
             return f"ProtectHome={self.get('ProtectHome')} hides it"
+        if is_temporary(folder) and self.get("PrivateTmp") == "yes":
+            return "PrivateTmp=yes hides it"
         strict = self.get("ProtectSystem") == "strict"
         read_only = strict or (at_home and self.get("ProtectHome") == "read-only")
         written = _paths(self.get("ReadWritePaths"))
         if read_only and not any(folder.is_relative_to(path) for path in written):
             return "ReadWritePaths= does not name it"
         return None
+
+
+def is_temporary(path: Path) -> bool:
+    """Say whether a path is in a folder for temporary files, of which services see their own."""
+    folders = ("/tmp", "/var/tmp")  # noqa: S108 - they are looked for, not used
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def _paths(text: str) -> list[str]:
@@ -144,6 +153,8 @@ class Account:
             OSError: Who asks may not even look.
         """
         status = path.stat()
+        if self.uid < 0:
+            return self._may_by_mode(status, rights)
         if os.geteuid() == self.uid:
             wanted = sum(_RIGHTS[right][0] for right in rights)
             return os.access(path, wanted, effective_ids=True)
@@ -178,6 +189,10 @@ class Account:
             stdin=subprocess.DEVNULL, **as_user,
         )  # type: ignore[call-overload]  # fmt: skip
         return None if done.returncode else os.fsdecode(done.stdout)
+
+
+ANYBODY = Account("anybody", -1, -1, frozenset())
+"""A user that owns nothing, and is in no group that does: one that is still to be made."""
 
 
 def account(name: str, groups: Sequence[str] = ()) -> Account | None:

@@ -381,6 +381,24 @@ def scanned(facts: Report) -> Group:
     return Group(*lines)
 
 
+def step(done: str, what: str, note: str = "", shown: str = "") -> Group:
+    """Return one thing of what `regd install` does.
+
+    Args:
+        done: 'done', 'would do', 'kept', 'to do', 'wrong' or 'failed'.
+        what: What it is about.
+        note: Why, or what to type.
+        shown: What a dry run prints of it.
+    """
+    colours = {"done": "green", "would do": "bold", "to do": "yellow"}
+    colours |= {"failed": "red", "wrong": "red"}
+    colour = colours.get(done, "dim")
+    about = escape(what) + (f": {escape(note)}" if note else "")
+    lines = [line(f"[{colour}]{done:8}[/{colour}] {about}")]
+    lines += [line(f"         [dim]|[/dim] {escape(text)}") for text in shown.splitlines()]
+    return Group(*lines)
+
+
 MARKS = {"ok": "✓", "skipped": "-", "warning": "!", "wrong": "✗"}
 PLAIN_MARKS = {"ok": "ok", "skipped": "--", "warning": "!!", "wrong": "XX"}
 _COLOURS = {"ok": "green", "skipped": "dim", "warning": "yellow", "wrong": "red"}

@@ -67,7 +67,8 @@ def sudo(arguments: list[str]) -> None:
 
 
 def useradd(arguments: list[str]) -> None:
-    _, names = options(arguments, "", "system", "shell=", "no-create-home", "home-dir=", "groups=")
+    long = ("system", "user-group", "shell=", "no-create-home", "home-dir=", "groups=", "root=")
+    _, names = options(arguments, "", *long)
     if len(names) != 1:
         refuse("name one user")
     (RUN / "users").mkdir(exist_ok=True)
@@ -117,8 +118,32 @@ def regd(arguments: list[str]) -> None:
     name = arguments[0] if arguments else ""
     if name in ("run", "sandbox") or "--watch" in arguments:
         until_it_works(command)
+    elif name in ("install", "uninstall"):
+        install([*command, "--root", str(ROOT)])
     else:
         leave_to(*command)
+
+
+def install(command: list[str]) -> None:
+    """Have regd put its files below the test's folder, and do what it leaves out in an image."""
+    if "uninstall" in command:
+        stop()
+    else:  # what a person at the terminal would say
+        answers = {
+            "--data-root": f"{ROOT}/data/recordings",
+            "--alyx-url": "https://alyx.example.org",
+            "--username": "rig_user",
+        }
+        for option, answer in answers.items():
+            if option not in command:
+                command += [option, answer]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    if "uninstall" not in command and "--dry-run" not in command:
+        token = ROOT / "etc/regd/token"
+        if token.read_text():
+            start()
 
 
 def until_it_works(command: list[str]) -> None:
@@ -138,7 +163,7 @@ def until_it_works(command: list[str]) -> None:
 
 
 def systemctl(arguments: list[str]) -> None:
-    given, (verb, *units) = options(arguments, "", "now", "no-pager")
+    given, (verb, *units) = options(arguments, "", "now", "no-pager", "root=")
     if verb == "daemon-reload":
         return
     if [unit.removesuffix(".service") for unit in units] != ["regd"]:

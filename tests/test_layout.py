@@ -30,7 +30,7 @@ ORDER = [
     *["settings", "logs", "counts"],
     *["mounts", "host", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service"],
-    *["status", "web", "metrics", "check", "screen", "live"],
+    *["status", "web", "metrics", "check", "install", "screen", "live"],
     *["sandbox", "demo", "cli", "__main__"],
 ]
 # What can neither read a disk or a clock, nor reach a network ...
@@ -202,4 +202,15 @@ def test_help_is_there(command):
 
 
 def test_all_commands_are_there():
-    assert COMMANDS == ["check", "config", "demo", "retry", "run", "sandbox", "scan", "status"]
+    assert COMMANDS == [
+        "check",
+        "config",
+        "demo",
+        "install",
+        "retry",
+        "run",
+        "sandbox",
+        "scan",
+        "status",
+        "uninstall",
+    ]
