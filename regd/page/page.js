@@ -54,7 +54,7 @@ function bytes(number) {
   const units = ["B", "kB", "MB", "GB", "TB", "PB"];
   let unit = 0;
   for (; number >= 999.5 && unit < units.length - 1; unit++) number /= 1000;
-  return `${number.toLocaleString("en", { maximumSignificantDigits: number < 99.5 ? 2 : 3 })} ${units[unit]}`;
+  return `${number.toLocaleString("en", { maximumSignificantDigits: number < 99.5 ? 2 : 3 })}\u00A0${units[unit]}`;
 }
 
 /** Give a list one child an item, by key: those that stay are kept, with focus and selection. */
