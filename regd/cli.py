@@ -173,7 +173,7 @@ def run(config: Config = None) -> None:
 
 
 def _page(settings: Settings, stop: threading.Event) -> AbstractContextManager[object]:
-    """Return the status page, if there is to be one: what it needs takes 10 MB."""
+    """Return the status page, if there is to be one: only then is what it needs loaded."""
     if settings.web.port is None:
         return nullcontext()
     from regd.web import Page

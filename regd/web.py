@@ -406,7 +406,7 @@ class _Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             app, http=_Connection, ws="none", lifespan="off", log_config=None, log_level="error",
-            access_log=False, server_header=False, date_header=False,
+            access_log=False, server_header=False, date_header=False, proxy_headers=False,
             timeout_graceful_shutdown=_STOP_WITHIN_S,
         )  # fmt: skip
         super().__init__(config)
