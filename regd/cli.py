@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sqlite3
@@ -48,6 +49,7 @@ Config = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it for a program.")]
+_COMPLETED = 1000  # names that a shell is given, the latest
 _UNBROKEN = 100_000  # columns
 _DEFAULT_CONFIG = Path("/etc/regd/regd.yaml")
 
@@ -73,6 +75,31 @@ def main() -> None:
         for line in str(error).splitlines():
             err.print(f"[red]regd:[/red] {screen.escape(line)}", soft_wrap=True)
         sys.exit(2)
+
+
+def complete_session(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the sessions that a shell may complete a word to."""
+    return _completed(ctx, incomplete, lambda journal: journal.names(_COMPLETED))
+
+
+def complete_problem(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return what a person may want to be forgotten."""
+    return _completed(ctx, incomplete, lambda journal: journal.problems(_COMPLETED))
+
+
+def _completed(
+    ctx: typer.Context, incomplete: str, names: Callable[[Journal], list[str]]
+) -> list[str]:
+    """Return the names that begin so, or whose subject does; nothing if that cannot be told."""
+    with contextlib.suppress(Exception):  # a shell shows whatever is said
+        settings = _load(ctx.params.get("config")).settings
+        with _journal(settings, read_only=True) as journal:
+            found = names(journal)
+        shown = [name for name in found if name.startswith(incomplete)]
+        return shown or [
+            short for name in found if (short := screen.short(name)).startswith(incomplete)
+        ]
+    return []
 
 
 def _version(wanted: bool) -> None:
@@ -375,44 +402,93 @@ def status(
 
 
 @app.command()
-def retry(
+def show(
     session: Annotated[
-        str | None,
-        typer.Argument(help="The session's folder, as `regd status` shows it.", show_default=False),
+        str,
+        typer.Argument(
+            help="Its folder or a file in it, here or below the data folder; its id on Alyx; or a"
+            " part of its folder that no other has.",
+            autocompletion=complete_session,
+            show_default=False,
+        ),
+    ],
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell all of one session: what happened to it, and each of its files."""
+    from regd.manage import find
+    from regd.status import story
+
+    settings = _load(config).settings
+    with _journal(settings, read_only=True) as journal:
+        facts = story(settings, journal, find(settings, journal, session))
+    if as_json:
+        _print_json(facts)
+    else:
+        _show(screen.story(facts))
+
+
+@app.command()
+def retry(
+    sessions: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Named as for `regd show`.",
+            metavar="SESSION...",
+            autocompletion=complete_session,
+            show_default=False,
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Every parked or held session, and every refused file.")
     ] = False,
     config: Config = None,
 ) -> None:
-    """Put sessions back to work after a person has mended what was wrong."""
-    from regd.errors import InvalidInput
+    """Put sessions back to work after a person has mended what was wrong.
 
-    if (session is None) != everything:
+    All of a session that is named is compared with Alyx.
+    """
+    from regd import manage
+    from regd.errors import InvalidInput
+    from regd.status import is_running
+
+    if bool(sessions) == everything:
         raise InvalidInput("say which session to retry, or --all")
     settings = _load(config).settings
-    folder = _folder_of(session, settings) if session else None
     with _journal(settings) as journal:
-        if folder is not None and journal.session(folder) is None:
-            raise InvalidInput(
-                f"regd knows no session {folder}", hint="`regd status` shows how it is called"
-            )
-        count = journal.retry(folder)
-    out.print(f"{screen.count(count, 'session')} put back to work")
+        count = manage.retry(settings, journal, sessions) if sessions else journal.retry(None)
+        away = journal.fact("away")
+    _show(screen.retried(count, is_running(settings.state_dir), away))
 
 
-def _folder_of(session: str, settings: Settings) -> str:
-    """Return a session's folder below the data root, of it or a file in it, here or on the disk."""
-    from regd.errors import printable
-    from regd.paths import session_depth
+@app.command()
+def forget(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Sessions named as for `regd show`, or what `regd status` names beside them.",
+            metavar="SESSION...",
+            autocompletion=complete_problem,
+            show_default=False,
+        ),
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if the next scan will find it again.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Have regd report a session no longer whose data was removed, or that shall not be registered.
 
-    path = Path(printable(session))  # no session is called otherwise
-    if path.is_absolute() and settings.data_root is not None:
-        root = settings.data_root.resolve()
-        if path.resolve().is_relative_to(root):
-            path = path.resolve().relative_to(root)
-    parts = path.parts
-    return "/".join(parts[: session_depth(parts)])
+    Nothing is removed, neither from the disk nor from Alyx. For data that stays on the disk and
+    shall never be registered, add its folder to `watch.ignore`, restart regd, and then forget it.
+    """
+    from regd import manage
+
+    settings = _load(config).settings
+    with _journal(settings) as journal:
+        for name in names:
+            path = manage.forget(settings, journal, name, force=force)
+            _show(screen.forgotten(path, stays=manage.stays(settings, path)))
 
 
 # --- check ---------------------------------------------------------------------------------------

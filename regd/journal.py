@@ -817,6 +817,15 @@ class Journal:
         )
         return {state: counts.get(state, 0) for state in SessionState}
 
+    def names(self, limit: int) -> list[str]:
+        """Return the folders of the sessions that changed last."""
+        return [row.folder for row in self.sessions(limit=limit)]
+
+    def problems(self, limit: int) -> list[str]:
+        """Return the folders of sessions that are parked or held, and what lies in no session."""
+        rows = self.sessions(SessionState.PARKED, SessionState.HELD, limit=limit)
+        return [*(row.folder for row in rows), *(path for path, _, _ in self.strays())]
+
     def find(self, name: str, limit: int = 20) -> list[SessionRow]:
         """Return the sessions that a person may mean, the latest date first.
 

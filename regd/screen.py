@@ -178,7 +178,7 @@ def _rows(
         return []
     rows: list[RenderableType] = [
         _Aligned(
-            [(_short(s["session"]), *_progress(s), _state(s, facts)) for s in chosen],
+            [(short(s["session"]), *_progress(s), _state(s, facts)) for s in chosen],
             [_STYLES.get(s["state"], "") for s in chosen],
         )
     ]
@@ -187,7 +187,7 @@ def _rows(
     return rows
 
 
-def _short(folder: str) -> str:
+def short(folder: str) -> str:
     """Return subject, date and number alone: what `regd show` knows it by, too."""
     return "/".join(folder.split("/")[-3:])
 
@@ -291,6 +291,80 @@ def _why(reason: str, hint: str) -> list[RenderableType]:
     return [_labelled(label, text, 4) for label, text in (("why", reason), ("do", hint)) if text]
 
 
+# --- regd show -----------------------------------------------------------------------------------
+
+_TOLD = {
+    "created": "created on Alyx",
+    "found": "found on Alyx",
+    "lost": "no longer on Alyx",
+    "failed": "failed",
+    "held": "held",
+    "parked": "needs a person",
+    "resumed": "put back to work",
+    "interrupted": "regd ended while at it",
+    "unflagged": "the flag is gone",
+    "done": "all done",
+}
+
+
+def story(facts: Report) -> Group:
+    """Return what `regd.status.story` says."""
+    at = facts["at"]
+    files, in_bytes = _progress(facts)
+    state = facts["state"]
+    lines: list[RenderableType] = [
+        _copied(facts["session"]),
+        _labelled("state", f"{state} since {when(facts['since'], at)}", 2),
+        _labelled("files", ", ".join(filter(None, (f"{files} registered", in_bytes))), 2),
+        _labelled("Alyx", facts["url"] or facts["eid"] or "not known there", 2),
+    ]
+    if state in ("waiting", "held"):
+        lines.append(_labelled("next", when(facts["due_at"], at), 2))
+    lines += [
+        _labelled(label, facts[key], 2)
+        for label, key in (("why", "reason"), ("do", "hint"))
+        if facts[key]
+    ]
+    if not facts["is_there"]:
+        lines.append(_labelled("note", "its folder is not there", 2))
+    lines += [_title("History"), _happened(facts["first_seen_at"], "first seen")]
+    lines += [_event(event) for event in facts["history"]]
+    if facts["by_file"]:
+        lines.append(_title("Files, with state, size, MD5 and dataset id"))
+    for file in facts["by_file"]:
+        lines += _file(file)
+    return Group(*lines)
+
+
+def _event(event: Report) -> RenderableType:
+    if event["what"] == "moved":
+        return _happened(event["first_at"], f"{event['about']} moved to {event['target']}")
+    said = _TOLD[event["what"]]
+    if event["about"]:
+        said += f": {event['about']}"
+    if event["times"] > 1:
+        said += f" ({event['times']} times, the last {moment(event['last_at'])})"
+    return _happened(event["first_at"], said)
+
+
+def _happened(at: float, what: str) -> RenderableType:
+    return _labelled(moment(at), what, 2)
+
+
+def _file(file: Report) -> Iterable[RenderableType]:
+    """Yield the lines of a file: its path, what became of it, and its hash and id."""
+    yield Padding(_copied(file["path"]), (0, 0, 0, 2), expand=False)
+    said = [f"{file['state']} {moment(file['changed_at'])}", size(file["size_bytes"])]
+    if file["revision"]:
+        said.append(f"revision {file['revision']}")
+    if file["move_to"]:
+        said.append(f"to {file['move_to']}")
+    yield Padding(Text(printable("  ".join(said)), overflow="fold"), (0, 0, 0, 4), expand=False)
+    if ids := "  ".join(filter(None, (file["md5"], file["dataset_id"]))):
+        yield Padding(Text(ids, overflow="fold"), (0, 0, 0, 4), expand=False)
+    yield from _why(file["reason"] or "", file["hint"] or "")
+
+
 # --- the parts of it -----------------------------------------------------------------------------
 
 
@@ -299,6 +373,11 @@ def when(at: float, now: float) -> str:
     then, today = time.localtime(at), time.localtime(now)
     same = then[:3] == today[:3]
     return time.strftime("%H:%M" if same else "%Y-%m-%d %H:%M", then)
+
+
+def moment(at: float) -> str:
+    """Return a time to the second, with its day."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
 def size(number: int, unit: str | None = None) -> str:
@@ -326,7 +405,7 @@ def _more(number: int) -> Text:
 def _labelled(label: str, text: str, indent: int = 0) -> RenderableType:
     """Return a text beside its label; further lines begin below its first."""
     grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_column(no_wrap=True, min_width=4 if indent else 8)
+    grid.add_column(no_wrap=True, min_width=8 - indent)
     grid.add_column(overflow="fold")
     grid.add_row(Text(label), Text(printable(text)))
     return Padding(grid, (0, 0, 0, indent), expand=False)
@@ -354,6 +433,27 @@ class _Aligned:
 
 
 # --- the other commands --------------------------------------------------------------------------
+
+
+def retried(number: int, running: bool, away: Report | None) -> Text:
+    """Return what comes next for so many sessions that were put back to work."""
+    if not number:
+        return Text("nothing is parked, held, waiting or refused")
+    if not running:
+        then = "regd does not run; start it: sudo systemctl start regd; or, once: regd scan"
+    elif away:
+        then = (
+            f"regd goes on when {'the data folder' if away['kind'] == 'root' else 'Alyx'} is back"
+        )
+    else:
+        then = "regd is at it; see: regd status"
+    return Text(f"{count(number, 'session')} put back to work: {then}", overflow="ignore")
+
+
+def forgotten(path: str, *, stays: bool) -> Text:
+    """Return what comes of something that was forgotten."""
+    then = "; it is still there, and the next scan finds it again" if stays else ""
+    return Text(f"forgotten: {printable(path)}{then}", overflow="ignore")
 
 
 def scanned(facts: Report) -> Group:

@@ -15,20 +15,17 @@ from typing import Any
 from regd.alyx import AlyxClient
 from regd.errors import (
     DataRootAway,
-    InvalidInput,
     InvalidPath,
     RegdError,
     Unauthorized,
-    printable,
 )
 from regd.journal import FileRow, Journal, SessionRow, asides
 from regd.model import FileState, SessionState
-from regd.paths import parse_dataset, session_depth
+from regd.paths import parse_dataset
 from regd.settings import Settings
 from regd.worker import check_root
 
 _LISTED = 200  # sessions of one state that are listed one by one
-_NAMED = 8  # sessions that a person may have meant
 _ALYX_WITHIN_S = 5.0
 
 Report = dict[str, Any]
@@ -190,41 +187,6 @@ def _revision(path: str) -> str | None:
         return parse_dataset(path).revision or None
     except InvalidPath:
         return None
-
-
-def find_session(settings: Settings, journal: Journal, name: str) -> SessionRow:
-    """Return the session that a person means.
-
-    Args:
-        settings: Where the data root is.
-        journal: What is known.
-        name: Its folder, or a file in it, here or below the data root; its UUID on Alyx; subject,
-            date and number; or a part of its folder that no other has.
-
-    Raises:
-        InvalidInput: There is none of that name, or several.
-    """
-    name = printable(name)  # no session is called otherwise
-    tries = [name.strip("/")]
-    if settings.data_root is not None:
-        root = settings.data_root.resolve()
-        path = Path(name).resolve()  # from the folder that the person is in
-        if path.is_relative_to(root):
-            tries.insert(0, path.relative_to(root).as_posix())
-    for text in tries:
-        parts = text.split("/")
-        depth = session_depth(tuple(parts))
-        found = journal.find("/".join(parts[:depth] if depth else parts)) if text else []
-        if len(found) == 1:
-            return found[0]
-        if found:
-            some = ", ".join(row.folder for row in found[:_NAMED])
-            more = ", ..." if len(found) > _NAMED else ""
-            raise InvalidInput(f"{name} may be several sessions", hint=f"name one: {some}{more}")
-    raise InvalidInput(
-        f"regd knows no session {name}",
-        hint="`regd status` shows how it is called; one that is old and has no flag is left alone",
-    )
 
 
 def _is_there(settings: Settings, path: str) -> bool:

@@ -30,7 +30,7 @@ ORDER = [
     *["settings", "logs", "counts"],
     *["mounts", "host", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service"],
-    *["status", "web", "metrics", "check", "install", "screen", "live"],
+    *["status", "web", "metrics", "check", "install", "manage", "screen", "live"],
     *["sandbox", "demo", "cli", "__main__"],
 ]
 # What can neither read a disk or a clock, nor reach a network ...

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import io
+import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from rich.console import Console, RenderableType
 
 from regd import screen
 from regd.journal import FILE_NAME, FileRow, Journal
-from regd.model import FileState, SessionState, Signature
+from regd.model import FileState, Happening, SessionState, Signature
 from regd.paths import parse_session
 from regd.settings import Settings
-from regd.status import Report, report
+from regd.status import Report, report, story
 
 NOW = datetime.datetime(2023, 11, 14, 15, 0).astimezone().timestamp()
 TODAY = datetime.date(2023, 11, 14)
@@ -239,3 +241,68 @@ def test_a_part_of_a_size_has_its_unit() -> None:
     assert screen.size(1_500_000, "GB") == "0.0 GB"
     assert screen.size(12_000_000_000, "GB") == "12 GB"
     assert screen.size(0, "GB") == "0 GB"
+
+
+# --- the story of one session --------------------------------------------------------------------
+
+
+def test_the_whole_story_of_a_session(place: Place) -> None:
+    place.now = NOW - 3600
+    place.journal.note(parse_session(("mouse", "2023-11-14", "001")), due_at=0, flagged=True)
+    for place.now in (NOW - 3500, NOW - 3400):
+        row = place.journal.claim()
+        assert row
+        place.journal.release(row.id, WAITING, due_at=0, attempt=1, reason="no answer", hint="")
+    row = place.journal.claim()
+    assert row
+    place.journal.identify(row.id, "6b0f4c1e-0000-4000-8000-000000000001", doubt=False)
+    md5, dataset = "d41d8cd98f00b204e9800998ecf8427e", "6b0f4c1e-1111-4111-8111-123456789abc"
+    file = FileRow("alf/x.npy", FileState.READY, Signature(1_200_000, 10**18), md5=md5)
+    new = "alf/#2023-11-14#/x.npy"
+    place.journal.moved(row.id, file.path, replace(file, path=new))
+    known = {"md5": md5, "dataset_id": dataset}
+    done = FileRow(new, FileState.REGISTERED, Signature(1_200_000, 10**18), **known)
+    empty = FileRow("alf/y.npy", FileState.REFUSED, Signature(0, 1), reason="empty", hint="go")
+    place.journal.write_files(row.id, [done, empty])
+    place.journal.unflagged(row.id)
+    place.journal.release(row.id, DONE)
+    row = place.journal.session("mouse/2023-11-14/001")
+    assert row
+    facts = story(place.settings, place.journal, row)
+    assert json.loads(json.dumps(facts)) == facts
+    facts["at"] = NOW
+    assert shown(screen.story(facts)) == [
+        "mouse/2023-11-14/001",
+        "  state  done since 14:03",
+        "  files  1/2 files registered, 1.2 MB",
+        "  Alyx   https://alyx.example.org/sessions/6b0f4c1e-0000-4000-8000-000000000001",
+        "  note   its folder is not there",
+        "",
+        "History",
+        "  2023-11-14 14:00:00 first seen",
+        "  2023-11-14 14:01:40 failed: no answer (2 times, the last 2023-11-14 14:03:20)",
+        "  2023-11-14 14:03:20 created on Alyx: 6b0f4c1e-0000-4000-8000-000000000001",
+        "  2023-11-14 14:03:20 alf/x.npy moved to alf/#2023-11-14#/x.npy",
+        "  2023-11-14 14:03:20 the flag is gone",
+        "  2023-11-14 14:03:20 all done",
+        "",
+        "Files, with state, size, MD5 and dataset id",
+        "  alf/#2023-11-14#/x.npy",
+        "    registered 2023-11-14 14:03:20  1.2 MB  revision 2023-11-14",
+        f"    {md5}  {dataset}",
+        "  alf/y.npy",
+        "    refused 2023-11-14 14:03:20  0 B",
+        "    why  empty",
+        "    do   go",
+    ]
+
+
+def test_everything_that_can_happen_has_words(place: Place) -> None:
+    place.session(1, PARKED, reason="why", hint="do")
+    row = place.journal.session("mouse/2023-11-14/001")
+    assert row
+    for happening in Happening:
+        target = "there" if happening is Happening.MOVED else None
+        place.journal._happened(row.id, happening, "about", target)
+    lines = shown(screen.story(story(place.settings, place.journal, row)))
+    assert len(lines[lines.index("History") :]) == len(Happening) + 3
