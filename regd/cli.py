@@ -70,7 +70,7 @@ def main() -> None:
     from regd.errors import RegdError, SettingsError
 
     try:
-        app()
+        app(prog_name="regd")
     except (RegdError, SettingsError, OSError, sqlite3.Error) as error:
         for line in str(error).splitlines():
             err.print(f"[red]regd:[/red] {screen.escape(line)}", soft_wrap=True)

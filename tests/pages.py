@@ -31,7 +31,7 @@ HARMLESS = ("bash", "cat", "chmod", "cp", "grep", "head", "install", "ls", "mkdi
 HARMLESS += ("sh", "tee", "touch")
 # Folders of the computer, which are moved below the test's own.
 _OUTSIDE = re.compile(r"(?<![\w.:/-])/(?=(?:etc|opt|var|data|tmp|usr|srv|run)/)")
-_ABSOLUTE = re.compile(r"(?<![\w.:/-])(/[\w.-]+[\w./-]*)")
+_ABSOLUTE = re.compile(r"(?<![\w.:/~-])(/[\w.-]+[\w./-]*)")
 _PORT = re.compile(r"(?<=--port )\d+|(?<=port: )\d+|(?<=127\.0\.0\.1:)\d+|(?<=localhost:)\d+")
 
 

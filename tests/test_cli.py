@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -140,7 +142,8 @@ def test_commands_beside_a_running_daemon(rig: Rig, config: Path) -> None:
         assert "nobody" in row["reason"]
         shown = regd(rig, "status", "-c", config).stdout
         assert row["session"] in shown
-        assert regd(rig, "retry", stranger, "-c", config).stdout == "1 session put back to work\n"
+        again = regd(rig, "retry", stranger, "-c", config).stdout
+        assert again == "1 session put back to work: regd is at it; see: regd status\n"
         until(lambda: sum(e["event"] == "session.parked" for e in events(config)) == 2)
     facts = json.loads(regd(rig, "status", "-c", config, "--json").stdout)
     assert not facts["daemon"]["running"]
@@ -200,3 +203,114 @@ def test_config_shows_where_values_come_from_and_no_secret(rig: Rig, config: Pat
     assert rig.lab.password not in shown
     for text in (str(config), "REGD_ALYX__PASSWORD", "default", "settle.quiet_s"):
         assert text in shown
+
+
+def test_the_story_of_a_session_and_its_end(rig: Rig, config: Path) -> None:
+    folder = rig.record()
+    session = folder.relative_to(rig.root).as_posix()
+    write(folder / "alf" / "no.such.npy", b"x")
+    assert regd(rig, "scan", "-c", config).returncode == 1
+    shown = regd(rig, "show", f"{rig.date}/001", "-c", config).stdout
+    assert shown.startswith(f"{session}\n")
+    for text in (rig.eid(), "first seen", "created on Alyx", "the flag is gone", *DATASETS):
+        assert text in shown
+    story = json.loads(regd(rig, "show", folder / "alf", "-c", config, "--json").stdout)
+    assert [happened["what"] for happened in story["history"]] == ["created", "unflagged", "done"]
+    held = rig.held()
+    for file in story["by_file"]:
+        if file["path"] in held:
+            assert file["state"] == "registered"
+            assert file["md5"] == held[file["path"]]["hash"]
+            assert held[file["path"]]["url"].endswith(file["dataset_id"])
+        else:
+            assert file["reason"]
+            assert file["hint"]
+    refused = regd(rig, "forget", session, "-c", config)
+    assert refused.returncode == 2
+    assert "still there" in refused.stderr
+    folder.rename(rig.root.parent / "away")
+    (rig.root / "another").mkdir()
+    assert regd(rig, "forget", session, "-c", config).stdout == f"forgotten: {session}\n"
+    assert regd(rig, "show", session, "-c", config).returncode == 2
+    assert len(rig.held()) == len(DATASETS), "what is on Alyx stays there"
+
+
+# --- completion ----------------------------------------------------------------------------------
+
+
+def completed(rig: Rig, *words: Any) -> list[str]:
+    """Return what a shell is told for the last word."""
+    done = subprocess.run(
+        [sys.executable, "-m", "regd"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={
+            **environment(rig),
+            "_REGD_COMPLETE": "complete_bash",
+            "COMP_WORDS": " ".join(["regd", *map(str, words)]),
+            "COMP_CWORD": str(len(words)),
+        },
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_and_sessions(rig: Rig, config: Path) -> None:
+    known = rig.record().relative_to(rig.root).as_posix()
+    short = "/".join(known.split("/")[-3:])
+    assert completed(rig, "show", "-c", config, known[:4]) == [], "there is no journal yet"
+    rig.scan().close()
+    assert completed(rig, "fo") == ["forget"]
+    for command in ("show", "retry"):
+        assert completed(rig, command, "-c", config, known[:4]) == [known]
+        assert completed(rig, command, "-c", config, short[:6]) == [short]
+        assert completed(rig, command, "-c", config, "nobody") == []
+    assert completed(rig, "forget", "-c", config, known[:4]) == [], "nothing is wrong with it"
+    assert completed(rig, "show", "-c", "/no/such/file", known[:4]) == []
+
+
+def test_bash_completes(rig: Rig, config: Path, tmp_path: Path) -> None:
+    """In an interactive bash, by the tabulator, with what the documentation has people install."""
+    known = rig.record().relative_to(rig.root).as_posix()
+    rig.scan().close()
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "regd").write_text(f'#!/bin/sh\nexec {sys.executable} -m regd "$@"\n')
+    (programs / "regd").chmod(0o755)
+    script = tmp_path / "regd.bash"
+    env = {
+        **environment(rig),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "REGD_CONFIG": str(config),
+        "PS1": "",
+        "TERM": "dumb",
+    }
+    done = subprocess.run(
+        ["regd"], env={**env, "_REGD_COMPLETE": "source_bash"}, capture_output=True
+    )
+    script.write_bytes(done.stdout)
+    lines = (
+        f"source {script}",
+        f"regd show {known[:6]}\t >{tmp_path}/session",
+        f"regd config -c {config.parent}/regd.y\t >{tmp_path}/file",
+        "exit",
+    )
+    screen, inner = pty.openpty()
+    bash = subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        env=env,
+        start_new_session=True,
+    )
+    os.close(inner)
+    os.write(screen, "".join(f"{line}\n" for line in lines).encode())
+    with contextlib.suppress(OSError):  # the end, on a terminal
+        while os.read(screen, 10_000):
+            pass
+    assert bash.wait(timeout=30) == 0
+    os.close(screen)
+    assert (tmp_path / "session").read_text().startswith(f"{known}\n")
+    assert str(config) in (tmp_path / "file").read_text()

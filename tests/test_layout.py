@@ -206,11 +206,13 @@ def test_all_commands_are_there():
         "check",
         "config",
         "demo",
+        "forget",
         "install",
         "retry",
         "run",
         "sandbox",
         "scan",
+        "show",
         "status",
         "uninstall",
     ]
