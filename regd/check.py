@@ -608,7 +608,11 @@ class Checkup:
                     "is the network up (resolvectl status), and alyx.url right?",
                 )
         began_at = time.monotonic()
-        self._contact = self._client.contact()
+        try:
+            self._contact = self._client.contact()
+        except RegdError as error:
+            hint = "is Alyx up, and does nothing in between keep requests from it?"
+            return _wrong(error.reason, error.hint or hint)
         took_ms = 1000 * (time.monotonic() - began_at)
         return _ok(f"{self._client.base_url} answers as Alyx does, in {took_ms:.0f} ms")
 

@@ -9,6 +9,7 @@ import contextlib
 import grp
 import os
 import pwd
+import re
 import shutil
 import stat
 import subprocess
@@ -20,10 +21,11 @@ UNIT = "regd.service"
 _WITHIN_S = 5.0
 _PROPERTIES = (
     "LoadState", "ActiveState", "SubState", "UnitFileState", "User", "Group",
-    "SupplementaryGroups", "DynamicUser", "LoadCredential", "ReadWritePaths", "ProtectSystem",
+    "SupplementaryGroups", "DynamicUser", "ReadWritePaths", "ProtectSystem",
     "ProtectHome", "PrivateTmp", "BindPaths", "StateDirectory", "StatusText", "Result",
     "NeedDaemonReload",
 )  # fmt: skip
+_SECRET = re.compile(r"\s*LoadCredential\s*=")
 _RIGHTS = {"r": (os.R_OK, 4), "w": (os.W_OK, 2), "x": (os.X_OK, 1)}
 
 Run = Callable[[Sequence[str]], str]
@@ -34,10 +36,12 @@ class Unit:
     """The service as systemd has it loaded.
 
     Attributes:
-        properties: Of `systemctl show`; one that has several values has them in several lines.
+        properties: Of `systemctl show`.
+        loaded_credentials: The values of LoadCredential=, as they are in its files.
     """
 
     properties: dict[str, str]
+    loaded_credentials: tuple[str, ...] = ()
 
     def get(self, name: str) -> str:
         """Return a property, or '' if systemd does not know it."""
@@ -56,7 +60,7 @@ class Unit:
     @property
     def secrets(self) -> dict[str, Path]:
         """The files that it is handed as secrets, by the names that it knows them by."""
-        named = (line.partition(":") for line in self.get("LoadCredential").split())
+        named = (value.strip().partition(":") for value in self.loaded_credentials)
         return {name: Path(path) for name, _, path in named if path.startswith("/")}
 
     @property
@@ -121,8 +125,13 @@ def read_unit(run: Run = run) -> Unit | None:
     for line in shown.splitlines():
         name, equals, value = line.partition("=")
         if equals:
-            properties[name] = f"{properties[name]}\n{value}" if name in properties else value
-    return Unit(properties) if properties.get("LoadState") else None
+            properties[name] = value
+    if not properties.get("LoadState"):
+        return None
+    # `show` calls it unprintable
+    files = run(["systemctl", "cat", UNIT]) if properties["LoadState"] == "loaded" else ""
+    secrets = [line.partition("=")[2] for line in files.splitlines() if _SECRET.match(line)]
+    return Unit(properties, tuple(secrets))
 
 
 @dataclass(frozen=True)

@@ -352,6 +352,7 @@ def test_an_alyx_that_never_answers_holds_nobody_up(
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         found = look(alyx={"url": url})
     assert found["Alyx"].state is State.WRONG
+    assert found["Alyx"].hint
     skipped = [name for name, f in found.items() if f.state is State.SKIPPED]
     assert {"TLS", "clock", "token", "repository", "file names"} <= {*skipped}
 
@@ -428,15 +429,18 @@ def unit_of(**properties: str) -> host.Unit:
         "UnitFileState": "enabled",
         "User": pwd.getpwuid(os.geteuid()).pw_name,
     }
-    return host.Unit({**well, **properties})
+    secrets = tuple(filter(None, [properties.pop("LoadCredential", "")]))
+    return host.Unit({**well, **properties}, secrets)
 
 
 def test_the_service_is_read_as_systemd_shows_it() -> None:
-    shown = (
-        "LoadState=loaded\nUser=regd\nLoadCredential=alyx__token:/etc/regd/token\n"
-        "LoadCredential=other:name\nStateDirectory=regd\nReadWritePaths=-/data /srv/x\n"
-    )
-    unit = host.read_unit(lambda _: shown)
+    answers = {
+        "show": "LoadState=loaded\nUser=regd\nStateDirectory=regd\nReadWritePaths=-/data /srv/x\n",
+        "cat": "# /etc/systemd/system/regd.service\n[Service]\n"
+        "LoadCredential=alyx__token:/etc/regd/token\n#LoadCredential=no:/x\n"
+        "# /etc/systemd/system/regd.service.d/rig.conf\n LoadCredential = other:name\n",
+    }
+    unit = host.read_unit(lambda command: answers[command[1]])
     assert unit is not None
     assert unit.is_there
     assert not unit.is_active
