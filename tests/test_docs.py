@@ -7,6 +7,7 @@ what they meet there instead of sudo, systemctl and the like.
 from __future__ import annotations
 
 import configparser
+import datetime
 import importlib
 import inspect
 import json
@@ -183,20 +184,30 @@ def place(tmp_path: Path, lab: Lab) -> Iterator[Place]:
         place.end()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [p for p in PAGES if any(b.language in ("sh", "console") for b in blocks(p))],
-    ids=name_of,
-)
+def pages_with(language: str) -> pytest.MarkDecorator:
+    pages = [p for p in PAGES if any(block.language == language for block in blocks(p))]
+    return pytest.mark.parametrize("page", pages, ids=name_of)
+
+
+@pages_with("sh")
 def test_blocks_of_commands(page: Path, place: Place) -> None:
     """Every block of commands runs, one after the other, as a person would who reads the page."""
     for block in blocks(page):
         if block.language == "sh":
             place.run(block.text)
-        elif block.language == "console":
+
+
+@pages_with("console")
+def test_commands_print_what_is_shown(page: Path, worked: Place) -> None:
+    """A command after a $ prints the lines below it, 2026-01-31 being today; … is anything."""
+    for block in blocks(page):
+        if block.language == "console":
             for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block.text, re.M):
-                pattern = re.escape(shown.strip()).replace("…", ".*")
-                assert re.fullmatch(pattern, place.run(command).strip(), re.S), command
+                shown = worked.here(shown).replace("2026-01-31", str(TODAY)).strip()
+                pattern = re.escape(shown).replace("…", ".*")
+                printed = worked.run(command.replace("SESSION", SESSION))
+                lines = "\n".join(line.rstrip() for line in printed.strip().splitlines())
+                assert re.fullmatch(pattern, lines), printed
 
 
 @each_page
@@ -232,28 +243,35 @@ def check_yaml(text: str) -> None:
             load(file)
 
 
+# The rig's time zone is one in which it is noon or so: no day ends while a test runs.
+HOURS = 12 - datetime.datetime.now(datetime.UTC).hour
+TODAY = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=HOURS)).date()
+SESSION = f"mainenlab/Subjects/ZM_1085/{TODAY}/001"
+
+
 @pytest.fixture(scope="module")
 def worked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A rig that has recorded a session, and registered it, with nothing left to do."""
+    """A rig where regd runs, and has registered today's session but for one file."""
     with Server(load=INITIAL, rate_limit=None) as server:
         lab = Lab(server.url, "rig_user", "rig-password", "ZM_1085", "mainenlab", "mainenlab_local")
         with lab.client:
             place = Place(tmp_path_factory.mktemp("worked"), lab)
-            place.run("python3 -m venv /opt/regd && /opt/regd/bin/pip install . && useradd regd")
-            place.run("install -d /etc/regd && install -m 0600 /dev/null /etc/regd/token")
-            place.run("install -m 0644 config/regd.yaml /etc/regd/regd.yaml")
-            place.run("install -m 0644 systemd/regd.service /etc/systemd/system/regd.service")
-            write(place.root / "data/recordings" / SESSION / DATASETS[0], b"a recording")
-            (place.root / "data/recordings" / SESSION / "create_me.flag").touch()
+            place.environment["TZ"] = f"RIG{-HOURS:+d}"  # as POSIX counts: + is west
             place.environment["REGD_ALYX__PASSWORD"] = lab.password
-            place.run("regd scan")
+            for name in (*DATASETS, "raw_video_data/notes.txt"):
+                write(place.root / "data/recordings" / SESSION / name, name.encode())
+            (place.root / "data/recordings" / SESSION / "create_me.flag").touch()
             try:
+                for block in blocks(DOCS / "install.md"):
+                    if block.language == "sh" and "useradd" in block.text:
+                        place.run(block.text)
+                place.run("systemctl start regd")
+                place.run("regd scan || true")  # returns when there is nothing left to do
                 yield place
             finally:
                 place.end()
 
 
-SESSION = "mainenlab/Subjects/ZM_1085/2026-01-31/001"
 TYPED = sorted({command for page in PAGES for command in commands(page)})
 
 
