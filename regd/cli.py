@@ -72,8 +72,11 @@ def main() -> None:
     try:
         app(prog_name="regd")
     except (RegdError, SettingsError, OSError, sqlite3.Error) as error:
+        from regd.logs import priority
+
+        before = priority(sys.stderr, "error")
         for line in str(error).splitlines():
-            err.print(f"[red]regd:[/red] {screen.escape(line)}", soft_wrap=True)
+            err.print(f"{before}[red]regd:[/red] {screen.escape(line)}", soft_wrap=True)
         sys.exit(2)
 
 

@@ -25,12 +25,23 @@ from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
-__all__ = ["MASK", "BoundLogger", "Recurring", "bound_contextvars", "configure", "get_logger"]
+__all__ = [
+    "MASK",
+    "BoundLogger",
+    "Recurring",
+    "bound_contextvars",
+    "configure",
+    "get_logger",
+    "priority",
+]
 
 MASK = "********"
 
 _LEVELS = ("debug", "info", "warning", "error")
 _FIRST_KEYS = ("timestamp", "level", "event")
+_NEXT_KEYS = ("session", "path", "eid", "attempt", "reason", "hint")
+_LONGEST_LINE = 40_000  # bytes; journald breaks lines of 48 KiB (LineMax in journald.conf(5))
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # sd-daemon(3)
 _DEEPEST = 12  # levels of a nested value that are looked into; a chain of exceptions has 6
 # One line a request and one a change on disk: of use only to those who look for a fault in them.
 _CHATTY = ("httpx", "watchdog", "asyncio")
@@ -159,8 +170,31 @@ class Recurring:
         return True
 
 
+def priority(stream: TextIO, level: str) -> str:
+    """Return what a line begins with, so that systemd's journal knows how severe it is.
+
+    Nothing where the stream does not go there: $JOURNAL_STREAM names it, as systemd.exec(5) says.
+    """
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):  # it is closed, or none of the system's
+        return ""
+    if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
+        return ""
+    return f"<{_PRIORITIES[level]}>"
+
+
 class _Lines(logging.StreamHandler[TextIO]):
     """regd's own handler, told from those of others by its class."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._priorities = {level: priority(stream, level) for level in _PRIORITIES}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record: none too long, each with its priority where that counts."""
+        before = self._priorities.get(record.levelname.lower(), "")
+        return "\n".join(before + _short(line) for line in super().format(record).split("\n"))
 
 
 def _formatter(stream: TextIO, readable: bool, secrets: frozenset[str]) -> logging.Formatter:
@@ -206,7 +240,26 @@ def _for_machines(clean: Processor) -> list[Processor]:
         clean,
         # ASCII alone: no stream refuses it, and no character in it is taken for a line's end.
         structlog.processors.JSONRenderer(json.dumps, ensure_ascii=True, allow_nan=False),
+        _short_json,
     ]
+
+
+def _short_json(_logger: object, _method: str, line: Any) -> str:
+    """Return a JSON line, of one that is too long what matters most and how it begins."""
+    if len(line) <= _LONGEST_LINE:  # it is ASCII
+        return cast("str", line)
+    event = json.loads(line)
+    keys = (key for key in (*_FIRST_KEYS, *_NEXT_KEYS) if key in event)
+    # a character may take 12 bytes, as \\ud83d\\ude00 does
+    short = {key: v[:300] if isinstance(v := event[key], str) else v for key in keys}
+    return json.dumps({**short, "cut_bytes": len(line), "cut": line[: _LONGEST_LINE // 8]})
+
+
+def _short(line: str) -> str:
+    content = line.encode("utf-8", "replace")
+    if len(content) <= _LONGEST_LINE:
+        return line
+    return f"{content[: _LONGEST_LINE - 3].decode('utf-8', 'ignore')}..."
 
 
 def _local_time(

@@ -218,7 +218,12 @@ class RegistrationClient:
             except (RegdError, OSError) as error:
                 failure = error if isinstance(error, RegdError) else NeedsHuman(str(error))
                 self.failures.append((flag.parent, failure))
-                _log.error("session.failed", session=str(flag.parent), reason=str(error))
+                _log.error(
+                    "session.failed",
+                    session=str(flag.parent),
+                    reason=failure.reason,
+                    hint=failure.hint,
+                )
                 continue
             paths.append(flag.parent)
             records.append(record)

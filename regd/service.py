@@ -226,8 +226,8 @@ class Service:
         self._steadiness_lock = threading.Lock()
         self._check_clock()
         self._away = {
-            kind: Recurring(_log, f"{kind}.away", f"{kind}.back", every_s=_REMIND_S, clock=clock)
-            for kind in ("alyx", "root")
+            "alyx": Recurring(_log, "alyx.away", "alyx.back", every_s=_REMIND_S, clock=clock),
+            "root": Recurring(_log, "root.away", "root.back", every_s=_REMIND_S, clock=clock),
         }
         self._watcher: Watcher | None = None
         self._watching: mounts.Watching | None = None
@@ -434,7 +434,8 @@ class Service:
         elif isinstance(error, RootTaken):
             _log.error("root.shared", reason=error.reason, hint=error.hint)
         else:
-            _log.error("worker.died", exc_info=error)
+            hint = "systemd starts regd again; report this to regd's makers"
+            _log.error("worker.died", exc_info=error, hint=hint)
         self.end()
 
     def step(self) -> bool:
@@ -714,7 +715,9 @@ class Service:
                         self._watcher.stop()
                     self._watcher = self._watch()
             if self._watcher is not None and not self._watcher.is_alive():
-                _log.error("watch.died", reason="the watcher ended by itself: a new one is started")
+                reason = "the watcher ended by itself: a new one is started"
+                hint = "nothing; if it comes again, report it to regd's makers"
+                _log.error("watch.died", reason=reason, hint=hint)
                 self._watcher.stop()
                 self._watcher = self._watch()
                 next_scan_at = self._clock()
@@ -754,7 +757,8 @@ class Service:
             self._close_gate(error)
             return
         except OSError as error:
-            _log.warning("scan.failed", path=below, reason=str(error))
+            hint = "let regd's user read it; if its disk fails, mend that"
+            _log.warning("scan.failed", path=below, reason=str(error), hint=hint)
             return
         self._tell()
         if below:

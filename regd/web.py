@@ -246,7 +246,8 @@ class Page:
             except OSError as error:
                 self._failed(error)
             except Exception as error:
-                _log.error("page.failed", exc_info=error)
+                hint = "regd registers without the page; report this to regd's makers"
+                _log.error("page.failed", exc_info=error, hint=hint)
             self.url = None
             self._stop.wait(self._again_s)
 

@@ -308,9 +308,10 @@ class Worker:
         except (JournalFailed, sqlite3.Error):
             raise
         except Exception as error:  # a fault in regd: this session's, not everybody's
-            _log.exception("session.failed")
             reason = f"regd failed on it: {type(error).__name__}: {error}"
-            return self._park(row, reason, "report this to regd's makers; then: regd retry --all")
+            hint = "report this to regd's makers; then: regd retry --all"
+            _log.exception("session.failed", reason=reason, hint=hint)
+            return self._park(row, reason, hint)
 
     def _alyx_works(self) -> bool:
         """Say whether Alyx answers at all; asked once, without patience."""

@@ -69,25 +69,6 @@ def test_metrics_table() -> None:
     assert between("metrics") == metrics.markdown_table()
 
 
-def test_events_table() -> None:
-    """Every event that the daemon's code can log is in the table, and nothing else."""
-    names = ("service", "worker", "scan", "alyx", "web", "metrics")
-    daemon = [PROJECT / "regd" / f"{m}.py" for m in names]
-    code = "\n".join(path.read_text() for path in daemon)
-    logged = set(re.findall(r'_log\.\w+\(\s*"([a-z]+\.[a-z_]+)"', code))
-    for kind in ("alyx", "root"):
-        logged |= {f"{kind}.away", f"{kind}.back"}
-    for kind in ("watch", "settings", "metrics"):
-        logged |= {f"{kind}.failed", f"{kind}.mended"}
-    listed = set(
-        re.findall(
-            r"`([a-z]+\.[a-z_]+)`",
-            "".join(line.split("|")[1] for line in between("events").splitlines()),
-        )
-    )
-    assert listed == logged
-
-
 def test_promises() -> None:
     """Every promise names tests that are there."""
     for line in between("promises").splitlines()[2:]:

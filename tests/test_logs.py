@@ -2,9 +2,14 @@ import datetime
 import io
 import json
 import logging
+import os
+import re
+import socket
+import subprocess
+import sys
 import threading
 import warnings
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from uuid import UUID
 
 import pytest
@@ -328,3 +333,118 @@ def test_recurring_failure_is_rate_limited_and_its_end_logged_once():
         {"event": "alyx.came_back", "level": "info", "failures": 3, "failed_s": 60.0, "url": "u"},
         away | {"failures": 1},
     ]
+
+
+# --- systemd's journal ---------------------------------------------------------------------------
+
+LINE_MAX = 48 * 1024  # LineMax of journald.conf(5): what is longer, journald breaks
+
+
+@pytest.fixture(params=["pipe", "socket"])
+def to_journal(request, monkeypatch):
+    """A stream that stands for the journal's, named as systemd names it, and a way to read it."""
+    if request.param == "pipe":
+        reader, writer = os.pipe()
+    else:
+        one, other = socket.socketpair()
+        reader, writer = one.detach(), other.detach()
+    status = os.fstat(writer)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    stream = os.fdopen(writer, "w", encoding="utf-8")
+
+    read = []  # while it is written: what does not fit into the pipe would wait for ever
+    with os.fdopen(reader, "rb") as file:
+        thread = threading.Thread(target=lambda: read.extend(file.read().split(b"\n")[:-1]))
+        thread.start()
+
+        def lines():
+            stream.close()
+            thread.join()
+            return [line.decode() for line in read]
+
+        yield stream, lines
+        stream.close()
+        thread.join()
+
+
+def log_every_level(stream, format):
+    configure("debug", format, stream)
+    log = get_logger()
+    for level in ("debug", "info", "warning", "error"):
+        getattr(log, level)(f"a.{level}")
+    logging.getLogger("other").critical("lost")
+    logging.getLogger("other").log(15, "in between")
+    try:
+        fail("so")
+    except ValueError:
+        log.exception("a.fault")
+
+
+def test_lines_to_the_journal_begin_with_their_priority(to_journal):
+    stream, read = to_journal
+    log_every_level(stream, "json")
+    found = [re.fullmatch(r"(?:<(\d)>)?(\{.*\})", line) for line in read()]
+    assert [match[1] for match in found] == ["7", "6", "4", "3", "2", None, "3"]
+    events = [json.loads(match[2])["event"] for match in found]
+    assert events == ["a.debug", "a.info", "a.warning", "a.error", "lost", "in between", "a.fault"]
+
+
+def test_each_line_of_a_traceback_has_its_priority(to_journal):
+    stream, read = to_journal
+    log_every_level(stream, "console")
+    shown = read()
+    start = next(n for n, line in enumerate(shown) if "a.fault" in line)
+    assert len(shown) > start + 5
+    assert all(line.startswith("<3>") for line in shown[start:])
+
+
+@pytest.mark.parametrize("named", [None, "", "1:2", "nonsense"])
+def test_no_other_stream_gets_priorities(to_journal, monkeypatch, named):
+    """As where the daemon's output is redirected, or a program was started from a service."""
+    stream, read = to_journal
+    if named is None:
+        monkeypatch.delenv("JOURNAL_STREAM")
+    else:
+        monkeypatch.setenv("JOURNAL_STREAM", named)
+    log_every_level(stream, "json")
+    assert all(line.startswith("{") for line in read())
+    other = io.StringIO()
+    log_every_level(other, "json")
+    assert all(line.startswith("{") for line in other.getvalue().splitlines())
+
+
+def test_a_command_that_fails_tells_the_journal_how_severe_that_is(tmp_path):
+    with (tmp_path / "journal").open("w") as stream:
+        status = os.fstat(stream.fileno())
+        for named in (f"{status.st_dev}:{status.st_ino}", "1:2"):
+            subprocess.run(
+                [sys.executable, "-m", "regd", "run", "-c", "/no/such/file"],
+                stderr=stream,
+                env={**os.environ, "JOURNAL_STREAM": named},
+            )
+    there, elsewhere = Path(stream.name).read_text().splitlines()
+    assert there.startswith("<3>regd: /no/such/file")
+    assert elsewhere.startswith("regd: /no/such/file")
+
+
+@pytest.mark.parametrize("character", ["x", '"', "\\", "\x1b", "é", "😀"])
+@pytest.mark.parametrize("key", ["reason", "event", "another"])
+def test_no_line_is_too_long_for_the_journal(to_journal, character, key):
+    stream, read = to_journal
+    long = character * 200_000
+    about = {"session": "a/2020-01-01/001", "path": "x.npy", "attempt": 2}
+    configure("info", "json", stream)
+    if key == "event":
+        get_logger().error(long, **about)
+    else:
+        get_logger().error("a.fault", **about, **{key: long})
+    configure("info", "console", stream)
+    get_logger().error("a.fault", **{key if key != "event" else "more": long})
+    as_json, as_text = read()
+    assert len(as_json.encode()) < LINE_MAX
+    assert len(as_text.encode()) < LINE_MAX
+    line = json.loads(as_json.removeprefix("<3>"))
+    assert about.items() <= line.items()
+    assert line["cut_bytes"] > 200_000
+    assert line["event"].startswith("a.fault" if key != "event" else character)
+    assert as_text.endswith("...")
