@@ -146,7 +146,7 @@ class Journal:
         self._now = now
         self._lock = threading.RLock()
         self._asked = 0  # how often through this object, which SQLite does not tell
-        if read_only and not path.exists():
+        if read_only and not self._is_there():
             raise NeedsHuman(
                 f"there is no journal at {path}",
                 hint="start regd: sudo systemctl start regd, or `regd run`; or, once: regd scan",
@@ -171,6 +171,13 @@ class Journal:
         except BaseException:
             self._db.close()
             raise
+
+    def _is_there(self) -> bool:
+        try:
+            return self.path.exists()
+        except OSError as error:  # the state folder is its owner's alone
+            hint = "run this as regd's user, such as: sudo -u regd regd status"
+            raise self._failure(f"{error.strerror}", hint) from None
 
     def _check_file(self, *, create: bool) -> None:
         try:

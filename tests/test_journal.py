@@ -954,6 +954,17 @@ def test_a_journal_that_may_not_be_written(public: Path, nobody: Any, clock: Clo
     assert "state_dir" in caught.value.hint
 
 
+def test_a_state_folder_that_is_its_owners_alone(public: Path, nobody: Any, clock: Clock) -> None:
+    Journal(public / FILE_NAME, now=clock).close()
+    public.chmod(0o700)
+    nobody()
+    if os.geteuid() != 65534:
+        pytest.skip("only root can be somebody else")
+    with pytest.raises(JournalFailed, match="cannot be used: Permission denied") as caught:
+        Journal(public / FILE_NAME, now=clock, read_only=True)
+    assert "sudo -u regd" in caught.value.hint
+
+
 def test_a_reader_who_may_not_write_beside_the_journal(
     public: Path, nobody: Any, clock: Clock
 ) -> None:
