@@ -180,13 +180,17 @@ def test_blocks_of_commands(page: Path, place: Place) -> None:
 
 @pages_with("console")
 def test_commands_print_what_is_shown(page: Path, worked: Place) -> None:
-    """A command after a $ prints the lines below it, 2026-01-31 being today; … is anything."""
+    """A command after a $ prints the lines below it, 2026-01-31 being today.
+
+    … stands for anything on a line, and alone on one for any lines.
+    """
     for block in blocks(page):
         if block.language == "console":
             for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block.text, re.M):
-                shown = worked.here(shown).replace("2026-01-31", str(TODAY)).strip()
-                pattern = re.escape(shown).replace("…", ".*")
-                printed = worked.run(command.replace("SESSION", SESSION))
+                command, shown = (s.replace("2026-01-31", str(TODAY)) for s in (command, shown))
+                shown = worked.here(shown).strip()
+                pattern = re.escape(shown).replace("\\\n…\\\n", "\n(?s:.*)\n").replace("…", ".*")
+                printed = worked.run(command)
                 lines = "\n".join(line.rstrip() for line in printed.strip().splitlines())
                 assert re.fullmatch(pattern, lines), printed
 
