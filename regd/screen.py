@@ -151,7 +151,10 @@ def _about(facts: Report) -> Iterable[RenderableType]:
     yield _labelled("regd", "runs" if facts["daemon"]["running"] else "does not run")
     yield _labelled("data", str(facts["data_root"] or "none yet"))
     said = f"{alyx['url']}: answers" if alyx["asked"] else str(alyx["url"])
-    if alyx["reason"] is not None:
+    away = facts["away"]
+    if away and away["kind"] == "alyx":  # told below
+        said = f"{alyx['url']}: away since {when(away['since'], facts['at'])}"
+    elif alyx["reason"] is not None:
         state = "answers, but: " if alyx["reachable"] else "not reachable: "
         hint = f" ({alyx['hint']})" if alyx["hint"] else ""
         since = f", since {when(alyx['since'], facts['at'])}" if "since" in alyx else ""
@@ -297,7 +300,7 @@ _TOLD = {
     "created": "created on Alyx",
     "found": "found on Alyx",
     "lost": "no longer on Alyx",
-    "failed": "failed",
+    "failed": "put off",
     "held": "held",
     "parked": "needs a person",
     "resumed": "put back to work",

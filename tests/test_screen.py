@@ -280,7 +280,7 @@ def test_the_whole_story_of_a_session(place: Place) -> None:
         "",
         "History",
         "  2023-11-14 14:00:00 first seen",
-        "  2023-11-14 14:01:40 failed: no answer (2 times, the last 2023-11-14 14:03:20)",
+        "  2023-11-14 14:01:40 put off: no answer (2 times, the last 2023-11-14 14:03:20)",
         "  2023-11-14 14:03:20 created on Alyx: 6b0f4c1e-0000-4000-8000-000000000001",
         "  2023-11-14 14:03:20 alf/x.npy moved to alf/#2023-11-14#/x.npy",
         "  2023-11-14 14:03:20 the flag is gone",
