@@ -52,6 +52,7 @@ _ALYX_TIMEOUT_S = 3.0  # it is tried four times
 _WALK_S = 6.0
 _MOST_NAMES = 20_000
 _MOST_SUBJECTS = 20
+_HUNG = "no answer"
 _SHOWN = 3  # examples in one line
 _MB = 1e6
 _DAY_S = 86400.0
@@ -128,12 +129,14 @@ class Check:
         look: Finds it out.
         needs: The checks without whose success this one could say nothing.
         within_s: How long it may take, in seconds.
+        beside: Checks that look at the same: where one of them hangs, this one would, too.
     """
 
     name: str
     look: Callable[[], Finding]
     needs: tuple[str, ...] = ()
     within_s: float = _WITHIN_S
+    beside: tuple[str, ...] = ()
 
 
 def run(
@@ -151,14 +154,18 @@ def run(
     """
     ends_at = clock() + all_within_s
     states: dict[str, State] = {}
+    hung = set()
     for check in checks:
         failed = [n for n in check.needs if states[n] in (State.WRONG, State.SKIPPED)]
+        failed += [name for name in check.beside if name in hung]
         if failed:
             finding = _after(failed[0])
         elif (left_s := ends_at - clock()) <= 0:
             finding = _skipped("no time was left for it", "run it again")
         else:
             finding = _look(check, min(left_s, check.within_s))
+            if finding.found.startswith(_HUNG):
+                hung.add(check.name)
         states[check.name] = finding.state
         yield check.name, finding
 
@@ -174,7 +181,7 @@ def _look(check: Check, within_s: float) -> Finding:
         return answer.get(timeout=within_s)
     except queue.Empty:
         return _wrong(
-            f"no answer within {within_s:.0f} s",
+            f"{_HUNG} within {within_s:.0f} s",
             "is a file server, a disk or the network away? Run it again",
         )
 
@@ -279,17 +286,17 @@ class Checkup:
 
     def checks(self) -> list[Check]:
         """Return all checks, in an order in which they can run."""
-        ours, alyx = ("settings",), ("settings", "Alyx")
+        ours, alyx, root = ("settings",), ("settings", "Alyx"), ("data folder",)
         asked = (*alyx, "token")
         return [
             Check("settings", self._settings_are_good),
-            Check("data folder", self._data_folder, ours),
-            Check("file system", self._file_system, ours),
-            Check("inotify", self._inotify, ours, _WALK_S + 2),
-            Check("state folder", self._state_folder, ours),
-            Check("free space", self._free_space, ours),
+            Check("data folder", self._data_folder, ours, 2 * _WALK_S + 2),
+            Check("file system", self._file_system, ours, beside=root),
+            Check("inotify", self._inotify, ours, _WALK_S + 2, root),
+            Check("state folder", self._state_folder, ours, beside=root),
+            Check("free space", self._free_space, ours, beside=root),
             Check("service", self._service),
-            Check("journal", self._journal, ("settings", "state folder")),
+            Check("journal", self._journal, ("settings", "state folder"), beside=root),
             Check("Alyx", self._alyx, ours, 15),
             Check("TLS", self._tls, alyx),
             Check("clock", self._clock_is_right, alyx),
