@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -176,8 +177,9 @@ class AlyxClient:
         self._limit = RateLimit(requests_per_minute, clock=clock, sleep=sleep)
         self._sleep = sleep
         self._chance = chance
+        # httpx takes an address apart at each request, which takes as long as to send it
+        self._url = lru_cache(maxsize=1024)(lambda path: httpx.URL(self.base_url + path))
         self._http = httpx.Client(
-            base_url=self.base_url,
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
             verify=_trust(ca_file),
             transport=transport,
@@ -506,7 +508,7 @@ class AlyxClient:
         whole = None
         try:
             late_at = began_at + self._longest_s
-            with self._http.stream(method, path, headers=headers, **content) as answer:
+            with self._http.stream(method, self._url(path), headers=headers, **content) as answer:
                 look(answer)
                 whole = _whole(answer, lambda: self._clock() > late_at)
                 return whole
@@ -586,7 +588,7 @@ def _whole(answer: httpx.Response, is_late: Callable[[], bool]) -> httpx.Respons
                 f" answered with more than {_LARGEST_BODY} bytes",
                 hint="is alyx.url the address of Alyx?",
             )
-    headers = {k: v for k, v in answer.headers.items() if k != "content-encoding"}
+    headers = [(k, v) for k, v in answer.headers.raw if k.lower() != b"content-encoding"]
     return httpx.Response(
         answer.status_code,
         headers=headers,
@@ -604,17 +606,17 @@ def _read(answer: httpx.Response) -> Any:
         AlyxFault: Alyx failed on this request.
         NeedsHuman: Alyx refused it; the subclass says how.
     """
-    where = f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
     if answer.status_code == 204:
         return None
     body = _json(answer)
-    if answer.is_success:
-        if body is None:
-            raise AlyxOdd(
-                f"{where} answered {answer.status_code} with something other than JSON",
-                hint="is alyx.url the address of Alyx, and is there a login page in between?",
-            )
+    if answer.is_success and body is not None:
         return body
+    where = f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
+    if answer.is_success:
+        raise AlyxOdd(
+            f"{where} answered {answer.status_code} with something other than JSON",
+            hint="is alyx.url the address of Alyx, and is there a login page in between?",
+        )
     raise _failure(where, answer, body if isinstance(body, dict) else None)
 
 

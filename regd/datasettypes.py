@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import translate
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -36,6 +37,8 @@ class DatasetTypes:
         self._by_fragment: dict[str, list[int]] = {}  # fragment -> indices into _patterns
         self._always: list[int] = []
         self.types = list(types)
+        # the names of recordings come again and again
+        self._matches = lru_cache(maxsize=65536)(self._match)
         for order, record in enumerate(self.types):
             pattern = (record.get("filename_pattern") or "").strip()
             if not pattern:
@@ -101,7 +104,7 @@ class DatasetTypes:
                 found.append((name, f"its pattern {pattern!r} fits no name of a file"))
         return found
 
-    def _matches(self, name: str) -> list[int]:
+    def _match(self, name: str) -> list[int]:
         folded = name.casefold()
         found = list(self._named.get(object_attribute(name) or PurePath(name).stem, ()))
         candidates = set(self._always)

@@ -176,13 +176,21 @@ def open_inner(folder: int, name: str) -> int:
 
 
 @contextlib.contextmanager
-def open_folder(root: Path, relative: str) -> Iterator[int]:
+def open_folder(root: Path | int, relative: str) -> Iterator[int]:
     """Open the folder `relative` below `root` and yield its descriptor.
+
+    Args:
+        root: The data root; or a folder below it, by its descriptor, where all of the files in it
+            are looked at: then no part above it is opened again for each.
+        relative: '/' between its parts; '' for `root` itself.
 
     Raises:
         OSError: A part is missing, is no folder, or is a symbolic link.
     """
-    descriptor = os.open(root, _FOLDER & ~os.O_NOFOLLOW)
+    if isinstance(root, int):  # noqa: SIM108 - it would not fit on a line
+        descriptor = os.dup(root)
+    else:
+        descriptor = os.open(root, _FOLDER & ~os.O_NOFOLLOW)
     try:
         for part in filter(None, relative.split("/")):
             if part in (".", ".."):
@@ -196,7 +204,7 @@ def open_folder(root: Path, relative: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def open_file(root: Path, relative: str) -> Iterator[FileIO]:
+def open_file(root: Path | int, relative: str) -> Iterator[FileIO]:
     """Open the regular file `relative` below `root` for reading.
 
     Raises:
@@ -287,7 +295,7 @@ def _file_system(number: int) -> int | None:
 
 
 @contextlib.contextmanager
-def open_finished(root: Path, relative: str, expected: Signature) -> Iterator[FileIO]:
+def open_finished(root: Path | int, relative: str, expected: Signature) -> Iterator[FileIO]:
     """Open a file for reading that nobody writes to, neither now nor when it is closed.
 
     Raises:
@@ -314,7 +322,7 @@ def _check_finished(file: FileIO, expected: Signature, relative: str) -> os.stat
     return _check_signature(file, expected, relative)
 
 
-def check_finished(root: Path, relative: str, expected: Signature) -> None:
+def check_finished(root: Path | int, relative: str, expected: Signature) -> None:
     """Raise if a file that was finished is so no longer; much cheaper than reading it.
 
     Raises:
@@ -342,11 +350,13 @@ def _check_in(folder: int, name: str, expected: Signature) -> None:
         raise FileHeld(f"{name} is open for writing") from None
 
 
-def md5(root: Path, relative: str, expected: Signature, on_read: Callable[[int], object]) -> str:
+def md5(
+    root: Path | int, relative: str, expected: Signature, on_read: Callable[[int], object]
+) -> str:
     """Return the MD5 of a finished file, 32 hexadecimal digits, as Alyx keeps it.
 
     Args:
-        root: The data root.
+        root: The data root, or a folder below it; see `open_folder`.
         relative: The file's path below it.
         expected: What it must be.
         on_read: Called with the number of bytes of each block that was read; may raise to end.
@@ -359,7 +369,9 @@ def md5(root: Path, relative: str, expected: Signature, on_read: Callable[[int],
     return _run(md5_in_blocks(root, relative, expected), on_read)
 
 
-def md5_in_blocks(root: Path, relative: str, expected: Signature) -> Generator[int, None, str]:
+def md5_in_blocks(
+    root: Path | int, relative: str, expected: Signature
+) -> Generator[int, None, str]:
     """Do as `md5`, block by block: yield the bytes of each, so that others can have a turn.
 
     What is not read to the end has to be closed.
@@ -630,8 +642,8 @@ def remove_flag(root: Path, folder: str, flag: str) -> bool:
     """
     try:
         with open_folder(root, folder) as descriptor:
+            # not flushed: a flag that comes back after a power cut is harmless
             os.unlink(flag, dir_fd=descriptor)
-            os.fsync(descriptor)
     except FileNotFoundError:
         return False
     return True

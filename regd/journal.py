@@ -145,6 +145,9 @@ class Journal:
         self.damaged = False
         self._now = now
         self._lock = threading.RLock()
+        self._commits = 0  # made by this object, and how many of them are flushed
+        self._flushed = -1
+        self._flushing = threading.Lock()
         self._asked = 0  # how often through this object, which SQLite does not tell
         if read_only and not self._is_there():
             raise NeedsHuman(
@@ -289,6 +292,7 @@ class Journal:
             try:
                 yield self._db
                 self._db.execute("COMMIT")
+                self._commits += 1
             except BaseException:
                 if self._db.in_transaction:  # a full disk may have ended it already
                     self._db.execute("ROLLBACK")
@@ -306,18 +310,25 @@ class Journal:
 
     def durable(self) -> None:
         """Return once all that was committed is on the disk, whatever happens to the power."""
-        try:
-            with self._lock:
-                wal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        with self._lock:
+            wanted = self._commits
+        with self._flushing:
+            if self._flushed >= wanted:
+                return  # the flush that this one waited for took it along
             try:
-                os.fsync(wal)
-            finally:
-                os.close(wal)
-        except FileNotFoundError:
-            return  # all of it has reached the file itself
-        except OSError as error:
-            hint = _FAILURES[sqlite3.SQLITE_IOERR]
-            raise self._failure(f"{error.strerror}", hint) from error
+                with self._lock:
+                    commits = self._commits
+                    wal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(wal)
+                finally:
+                    os.close(wal)
+            except FileNotFoundError:
+                pass  # all of it has reached the file itself
+            except OSError as error:
+                hint = _FAILURES[sqlite3.SQLITE_IOERR]
+                raise self._failure(f"{error.strerror}", hint) from error
+            self._flushed = commits
 
     def version(self) -> tuple[int, int]:
         """Return what changes when another process changed the journal, or a scan was asked for."""

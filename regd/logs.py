@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping
+from functools import lru_cache
 from typing import Any, Literal, TextIO, cast
 
 import structlog
@@ -47,6 +48,8 @@ _DEEPEST = 12  # levels of a nested value that are looked into; a chain of excep
 _CHATTY = ("httpx", "watchdog", "asyncio")
 
 _SECRET_KEY = re.compile(r"token|passw|secret|authorization|api_?key|cookie", re.IGNORECASE)
+# without one of these words no pattern below fits, and a line is many texts
+_SUSPECT = ("authorization", "passw", "token", "secret", "bearer", "basic", "://")
 _SECRET_TEXTS = (
     # Authorization: Token 0123..., "password": "...", token=...
     re.compile(
@@ -271,8 +274,13 @@ def _local_time(
     return event
 
 
+@lru_cache(maxsize=1024)
+def _names_secret(key: str) -> bool:
+    return _SECRET_KEY.search(key) is not None
+
+
 def _encodable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _one_line(text: str) -> str:
@@ -305,8 +313,10 @@ class _Cleaner:
     def _value(self, key: str, value: object, depth: int = 0) -> object:
         if value is None or isinstance(value, bool):
             return value
-        if _SECRET_KEY.search(key):
+        if _names_secret(key):
             return MASK
+        if type(value) is str:
+            return self._text(self._masked(value))
         if isinstance(value, int):
             return value
         if isinstance(value, float):
@@ -327,6 +337,9 @@ class _Cleaner:
     def _masked(self, text: str) -> str:
         if self._known:
             text = self._known.sub(MASK, text)
+        lower = text.lower()
+        if not any(word in lower for word in _SUSPECT):
+            return text
         for pattern in _SECRET_TEXTS:
             text = pattern.sub(lambda found: (found[1] or "") + MASK, text)
         return text

@@ -15,7 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -483,11 +483,12 @@ class Worker:
     def _hold(self, row: SessionRow) -> _Next:
         known = self.journal.files(row.id)
         if self.settings.register.files:
-            seen = [
-                FileRow(f.path, FileState.SETTLING, f.signature, reason="its session is held")
-                for f in self._walk(row.folder)
-                if f.kind == "file" and is_utf8(f.path) and f.path not in known
-            ]
+            with files.open_folder(self.root, row.folder) as top:
+                seen = [
+                    FileRow(f.path, FileState.SETTLING, f.signature, reason="its session is held")
+                    for f in self._list(top, row.folder)
+                    if f.kind == "file" and is_utf8(f.path) and f.path not in known
+                ]
             self.journal.write_files(row.id, seen)
         hint = f"put a {self.settings.flag} into its folder, or create it on Alyx"
         if row.reason != NOT_ON_ALYX:
@@ -499,11 +500,12 @@ class Worker:
 
     # --- collect ---------------------------------------------------------------------------------
 
-    def _walk(self, folder: str) -> Iterable[files.Found]:
+    def _list(self, top: int, folder: str) -> Iterable[files.Found]:
+        """Yield what lies in a session's folder, which is open, but for the flag."""
         flag = self.settings.flag
-        for found in files.walk(self.root, folder, self.ignored):
-            if found.path != flag:
-                yield found
+        for fields in files.list_open(top, folder, self.ignored):
+            if fields[0] != flag:
+                yield files.Found._make(fields)
 
     def _collect(self, row: SessionRow, blocked: _Blocked) -> float | None:
         """Bring the journal up to date with the session's folder, hashing what has settled.
@@ -525,34 +527,35 @@ class Worker:
         rows: list[FileRow] = []
         wait_s: float | None = None
         flushed_at = self.clock()
-        with files.open_folder(self.root, row.folder) as descriptor:
+        # opened once for all of it: no part of its path is looked up again for each file
+        with files.open_folder(self.root, row.folder) as top:
             # elsewhere they are of another computer's clock, which may be wrong
-            stamped_here = files.is_local(descriptor)
-        for found in self._walk(row.folder):
-            key = found.path if is_utf8(found.path) else printable(found.path)
-            seen.add(key)
-            if found.kind in ("unreadable", "failing"):
-                code = found.size if found.kind == "failing" else errno.EACCES
-                unseen[f"{key}/"] = _of_disk(OSError(code, os.strerror(code)), key)
-            if found.kind == "failing":
-                blocked[f"{key}/"] = unseen[f"{key}/"]
-                continue
-            old = known.get(key)
-            if key in moving or (
-                old is not None and _is_settled_row(old) and old.signature == found.signature
-            ):
-                continue
-            looked = self._look(row, key, found, old, blocked, stamped_here=stamped_here)
-            rows.append(looked)
-            if looked.state is FileState.SETTLING and key not in blocked:
-                full = f"{row.folder}/{found.path}"
-                remaining_s = _HASHED_S
-                if looked.reason != _HASHING:
-                    remaining_s = self._remaining_s(full, found, stamped_here=stamped_here)
-                wait_s = min(wait_s if wait_s is not None else remaining_s, remaining_s)
-            if self.clock() - flushed_at > _FLUSH_S:
-                self.journal.write_files(row.id, rows)
-                rows, flushed_at = [], self.clock()
+            stamped_here = files.is_local(top)
+            for found in self._list(top, row.folder):
+                key = found.path if is_utf8(found.path) else printable(found.path)
+                seen.add(key)
+                if found.kind in ("unreadable", "failing"):
+                    code = found.size if found.kind == "failing" else errno.EACCES
+                    unseen[f"{key}/"] = _of_disk(OSError(code, os.strerror(code)), key)
+                if found.kind == "failing":
+                    blocked[f"{key}/"] = unseen[f"{key}/"]
+                    continue
+                old = known.get(key)
+                if key in moving or (
+                    old is not None and _is_settled_row(old) and old.signature == found.signature
+                ):
+                    continue
+                looked = self._look(row, top, key, found, old, blocked, stamped_here=stamped_here)
+                rows.append(looked)
+                if looked.state is FileState.SETTLING and key not in blocked:
+                    full = f"{row.folder}/{found.path}"
+                    remaining_s = _HASHED_S
+                    if looked.reason != _HASHING:
+                        remaining_s = self._remaining_s(full, found, stamped_here=stamped_here)
+                    wait_s = min(wait_s if wait_s is not None else remaining_s, remaining_s)
+                if self.clock() - flushed_at > _FLUSH_S:
+                    self.journal.write_files(row.id, rows)
+                    rows, flushed_at = [], self.clock()
         gone = []
         for path, old in known.items():
             # what was registered stays known: the rig may be cleared, a mount may come back
@@ -571,6 +574,7 @@ class Worker:
     def _look(
         self,
         row: SessionRow,
+        top: int,
         key: str,
         found: files.Found,
         old: FileRow | None,
@@ -578,7 +582,7 @@ class Worker:
         *,
         stamped_here: bool,
     ) -> FileRow:
-        """Return the row of a file that is new or changed."""
+        """Return the row of a file that is new or changed; `top` is its session's folder, open."""
         new = FileRow(
             key,
             FileState.SETTLING,
@@ -597,11 +601,11 @@ class Worker:
                 return self._still_settling(new, old)
             md5 = None
             if self._is_hashed(found.signature.size):
-                md5 = self._md5(full, found)
+                md5 = self._md5(top, full, found)
                 if md5 is None:
                     return replace(new, reason=_HASHING)
             else:
-                with files.open_finished(self.root, full, found.signature):
+                with files.open_finished(top, found.path, found.signature):
                     pass
         except (InvalidPath, NoDatasetType) as error:
             return self._refused(new, error, old)
@@ -621,13 +625,13 @@ class Worker:
         # until it is posted, this content is not what the dataset holds
         return replace(new, state=FileState.READY, md5=md5, dataset_id=None)
 
-    def _md5(self, full: str, found: files.Found) -> str | None:
+    def _md5(self, top: int, full: str, found: files.Found) -> str | None:
         """Return the MD5 of a file; None if it is large, and not hashed yet."""
         if found.size < LARGE:
-            return files.md5(self.root, full, found.signature, self.hasher.on_read)
+            return files.md5(top, found.path, found.signature, self.hasher.on_read)
         md5 = self.hasher.md5(full, found)
         if md5 is not None:  # that may have been a while ago
-            files.check_finished(self.root, full, found.signature)
+            files.check_finished(top, found.path, found.signature)
         return md5
 
     def _is_hashed(self, size: int) -> bool:
@@ -767,16 +771,22 @@ class Worker:
     def _unwritten(self, row: SessionRow, chunk: list[FileRow], blocked: _Blocked) -> list[FileRow]:
         """Return the files that are still what was hashed, and finished; others settle again."""
         same = []
-        for r in chunk:
-            try:
-                files.check_finished(self.root, f"{row.folder}/{r.path}", r.signature)
-            except FileChanged:
-                self._unsettle(row, r)
-            except OSError as error:
-                kept = _block(r, _of_disk(error, r.path, "read"), blocked)
-                self.journal.write_files(row.id, [kept])
-            else:
-                same.append(r)
+        with ExitStack() as stack:
+            above: Path | int = self.root
+            inner = f"{row.folder}/"
+            with suppress(OSError):  # where it cannot be opened, each file says so
+                above = stack.enter_context(files.open_folder(self.root, row.folder))
+                inner = ""
+            for r in chunk:
+                try:
+                    files.check_finished(above, f"{inner}{r.path}", r.signature)
+                except FileChanged:
+                    self._unsettle(row, r)
+                except OSError as error:
+                    kept = _block(r, _of_disk(error, r.path, "read"), blocked)
+                    self.journal.write_files(row.id, [kept])
+                else:
+                    same.append(r)
         return same
 
     def _unsettle(self, row: SessionRow, r: FileRow) -> None:
