@@ -56,7 +56,9 @@ _DEFAULT_CONFIG = Path("/etc/regd/regd.yaml")
 
 def _show(shown: RenderableType) -> None:
     """Print what `regd.screen` has made; where no terminal asks for it, no line is broken."""
-    if not out.is_terminal:
+    import os
+
+    if not out.is_terminal and "COLUMNS" not in os.environ:
         out.width = _UNBROKEN
     out.print(shown, crop=False)
 

@@ -78,7 +78,7 @@ def test_the_demo_shows_everything_and_ends(played):
         "dataset ",
         "protected",
         "Needs a person",
-        "daemon   running",
+        "regd     runs",
         "_rig_thermometer.raw.csv",
         "on SIGTERM the daemon ended",
         f"demo --clean --folder {folder}",
