@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean test test-browser chaos bench lint clean
+.PHONY: help demo demo-clean test test-browser test-systemd chaos bench lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,9 @@ help:
 	@echo "make test-browser"
 	@echo "                 the status page in Chromium (apt install chromium chromium-driver); make test"
 	@echo "                 does that, too, where these are; SHOTS=folder keeps pictures"
+	@echo "make test-systemd"
+	@echo "                 the service under a systemd that boots in a container (as root; apt install"
+	@echo "                 debootstrap systemd-container); SUITE=trixie names another Debian"
 	@echo "make chaos       the tests of crashes, faults and bad input at full length; N=1000 sets how"
 	@echo "                 often each random part runs, SEED=1 what is random, PART=crashes which"
 	@echo "make bench       how fast regd is, beside what else does the same: ONLY=matching,scan names"
@@ -44,6 +47,12 @@ test-browser: $(READY)
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 	  echo "make: there is no Chromium: on Debian, apt install chromium chromium-driver" >&2; exit 1; }
 	$(if $(SHOTS),mkdir -p $(SHOTS) && REGD_TEST_SHOTS=$(SHOTS)) $(BIN)/pytest tests/test_page.py -v
+
+SUITE ?= bookworm
+
+test-systemd: $(READY)
+	@PYTHONPATH=. $(BIN)/python -m tests.systemd.container
+	SUITE=$(SUITE) $(BIN)/pytest -p no:cacheprovider -v --durations=5 tests/systemd/boot.py
 
 N    ?= 1000
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')

@@ -40,6 +40,7 @@ from regd.errors import (
     Unauthorized,
 )
 from regd.logs import get_logger
+from regd.pulse import Pulse
 from regd.records import HISTORIES, PAGE, RECORD, is_a
 from regd.retries import backoff_s, retry_after_s
 from regd.settings import credentials
@@ -146,6 +147,7 @@ class AlyxClient:
         clock: Monotonic seconds.
         sleep: Waits that many seconds; may raise to give up.
         chance: A number in [0, 1), for jitter.
+        pulse: Told that an answer advances.
 
     Attributes:
         counts: Where requests are counted.
@@ -168,8 +170,10 @@ class AlyxClient:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         chance: Callable[[], float] = random.random,
+        pulse: Pulse | None = None,
     ) -> None:
         self.base_url = _checked_url(base_url)
+        self._pulse = pulse or Pulse()
         self.counts = Counts()
         self.use_credentials(username, password, token)
         self._clock = clock
@@ -506,11 +510,12 @@ class AlyxClient:
         where = f"{method} {self.base_url}{path}"
         began_at = self._clock()
         whole = None
+        self._pulse.beat()
         try:
             late_at = began_at + self._longest_s
             with self._http.stream(method, self._url(path), headers=headers, **content) as answer:
                 look(answer)
-                whole = _whole(answer, lambda: self._clock() > late_at)
+                whole = _whole(answer, lambda: self._clock() > late_at, self._pulse.beat)
                 return whole
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
             # its text would repeat the header, and with it the token
@@ -525,6 +530,7 @@ class AlyxClient:
         except (httpx.InvalidURL, ValueError, TypeError) as error:
             raise InvalidInput(f"{where} cannot be sent: {error}") from None
         finally:
+            self._pulse.beat()
             self.counts.requested(
                 method,
                 path,
@@ -537,7 +543,7 @@ class AlyxClient:
 
     def _log_in(self, login: _Login, refused: str | None) -> str:
         """Return the token to use, fetching one where there is none or it was `refused`."""
-        with login.lock:
+        with self._pulse.holding(login.lock):
             if login.token is not None and login.token != refused:
                 return login.token
             if not login.user or login.password is None:
@@ -571,7 +577,9 @@ class AlyxClient:
 # --- what an answer means ------------------------------------------------------------------------
 
 
-def _whole(answer: httpx.Response, is_late: Callable[[], bool]) -> httpx.Response:
+def _whole(
+    answer: httpx.Response, is_late: Callable[[], bool], beat: Callable[[], None]
+) -> httpx.Response:
     """Return an answer with its body, read and unpacked piece by piece up to a limit.
 
     Raises:
@@ -579,6 +587,7 @@ def _whole(answer: httpx.Response, is_late: Callable[[], bool]) -> httpx.Respons
     """
     body = bytearray()
     for piece in answer.iter_bytes():
+        beat()
         body += piece
         if is_late():
             raise httpx.ReadTimeout("it came too slowly")

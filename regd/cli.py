@@ -190,18 +190,26 @@ def _journal(settings: Settings, *, read_only: bool = False) -> Iterator[Journal
 @app.command()
 def run(config: Config = None) -> None:
     """Watch the data folder and register what appears there, until told to stop."""
-    from regd.service import Service, lock
+    import os
 
-    settings = _daemon_settings(config)
-    reread = _reader(config, settings)
-    with (
-        lock(settings.state_dir),
-        Service(settings, threading.Event(), reread=reread) as service,
-        _page(settings, service.stop),
-        _metrics(settings, service),
-    ):
-        _on_signal(service.end)
-        service.run()
+    from regd.notify import Lifeline, Systemd
+    from regd.pulse import Pulse
+    from regd.service import Service, lock
+    from regd.status import Summary
+
+    pulse = Pulse()
+    with Lifeline(Systemd(os.environ), pulse) as lifeline:
+        settings = _daemon_settings(config)
+        reread = _reader(config, settings)
+        with (
+            lock(settings.state_dir),
+            Service(settings, threading.Event(), reread=reread, pulse=pulse) as service,
+            _page(settings, service.stop),
+            _metrics(settings, service),
+            lifeline.saying(Summary(service), settings.alyx.timeout_s),
+        ):
+            _on_signal(service.end)
+            service.run(lifeline.ready)
 
 
 def _page(settings: Settings, stop: threading.Event) -> AbstractContextManager[object]:

@@ -73,8 +73,16 @@ class Found(NamedTuple):
         return self.mtime_ns / 1e9
 
 
+def _nothing() -> None:
+    pass
+
+
 def walk(
-    root: Path, folder: str = "", ignored: Ignored | None = None, flag: str = ""
+    root: Path,
+    folder: str = "",
+    ignored: Ignored | None = None,
+    flag: str = "",
+    beat: Callable[[], object] = _nothing,
 ) -> list[Found]:
     """Return every file, link and special file below a folder, following no link.
 
@@ -83,22 +91,30 @@ def walk(
         folder: An existing folder below it; '' for the root itself.
         ignored: What it fits is left out, with all that is below it.
         flag: The name of a file in `folder` itself that is never left out.
+        beat: Called again and again, as it advances.
 
     Raises:
         OSError: `folder` itself cannot be read.
     """
     with open_folder(root, folder) as top:
-        return [Found._make(fields) for fields in list_open(top, folder, ignored or _NOTHING, flag)]
+        listed = list_open(top, folder, ignored or _NOTHING, flag, beat)
+        return [Found._make(fields) for fields in listed]
 
 
 Fields = tuple[str, int, int, int, str]
 """Those of a `Found`, which takes longer to make."""
 
 
-def list_open(top: int, folder: str, ignored: Ignored, flag: str = "") -> list[Fields]:
+def list_open(
+    top: int,
+    folder: str,
+    ignored: Ignored,
+    flag: str = "",
+    beat: Callable[[], object] = _nothing,
+) -> list[Fields]:
     """Return the fields of each `Found` below an open folder; see `walk`."""
     found: list[Fields] = []
-    _list_into(found, top, "", f"{folder}/", ignored.fits_name, ignored.fits_path, flag)
+    _list_into(found, top, "", f"{folder}/", ignored.fits_name, ignored.fits_path, flag, beat)
     return found
 
 
@@ -110,10 +126,14 @@ def _list_into(
     fits_name: Callable[[str], object],
     fits_path: Callable[[str], object] | None,
     flag: str,
+    beat: Callable[[], object],
 ) -> None:
+    beat()
     folders = []
     with os.scandir(descriptor) as listed:
         for entry in listed:
+            if not len(found) & 1023:  # of a million files on a slow drive
+                beat()
             name = entry.name
             path = inner + name
             if (
@@ -141,7 +161,7 @@ def _list_into(
             # from the one above, so that no folder is looked up by its path again
             below = open_inner(descriptor, name)
             try:
-                _list_into(found, below, f"{path}/", prefix, fits_name, fits_path, flag)
+                _list_into(found, below, f"{path}/", prefix, fits_name, fits_path, flag, beat)
             finally:
                 os.close(below)
         except (FileNotFoundError, NotADirectoryError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 Facts = Mapping[str, Any]
@@ -191,3 +193,72 @@ def commands(hint: str) -> list[str]:
 def count(number: int, noun: str) -> str:
     """Return '1 file', '2 files', '12,000 files'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a running regd says of itself in one line.
+
+    Attributes:
+        working: Sessions that a worker is at.
+        waiting: Those that wait.
+        held: Those on hold until they have a flag.
+        people: Sessions, files and strays that need a person.
+        files_left: Files on their way to Alyx.
+        registered: Files that are there.
+        away: What all work waits for, as the journal's fact of that name says, or None.
+        doing: What goes on beside the work, such as 'watching'.
+    """
+
+    working: int = 0
+    waiting: int = 0
+    held: int = 0
+    people: int = 0
+    files_left: int = 0
+    registered: int = 0
+    away: Facts | None = None
+    doing: str = "watching"
+
+
+_AWAY = {
+    "alyx": "Alyx away",
+    "credentials": "Alyx refuses the credentials",
+    "root": "data folder away",
+    "owner": "waits for another regd to be gone",
+}
+
+
+def in_one_line(situation: Situation, now: float) -> str:
+    """Return a situation in one line for people: ``3 sessions waiting, Alyx away since 14:02``.
+
+    Args:
+        situation: What to say.
+        now: Seconds since 1970; a time of another day is told with its date.
+    """
+    s = situation
+    parts = []
+    if s.working:
+        parts.append(f"{count(s.working, 'session')} in work")
+    if s.waiting:
+        parts.append(f"{s.waiting if s.working else count(s.waiting, 'session')} waiting")
+    if parts and s.files_left:
+        parts[-1] += f" ({count(s.files_left, 'file')} left)"
+    if not parts:
+        parts = ["all else registered" if s.people else "all registered"]
+        if not (s.registered or s.held or s.people):
+            parts = ["nothing recorded yet"]
+    if s.held:
+        parts.append(f"{s.held} held without a flag")
+    if s.people:
+        parts.append(f"{s.people} {'needs' if s.people == 1 else 'need'} a person: regd status")
+    if s.away is not None:
+        what = _AWAY.get(s.away["kind"]) or s.away["reason"]
+        parts.append(f"{what} since {_clock_time(s.away['since'], now)}")
+    else:
+        parts.append(s.doing)
+    return ", ".join(parts)
+
+
+def _clock_time(at: float, now: float) -> str:
+    then, today = datetime.fromtimestamp(at), datetime.fromtimestamp(now)
+    return then.strftime("%H:%M" if then.date() == today.date() else "%Y-%m-%d %H:%M")

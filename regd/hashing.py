@@ -14,6 +14,7 @@ from pathlib import Path
 from regd import files
 from regd.errors import Stopping
 from regd.files import Found
+from regd.pulse import Pulse
 
 LARGE = 64 * 2**20
 """Bytes from which on a file is hashed aside: those of 0.1 s of a core, 0.5 s of a slow disk."""
@@ -55,12 +56,14 @@ class Hasher:
         on_read: Told of the bytes of each block; may raise `Stopping`.
         on_done: Told of each file that is done, by its path below the root.
         threads: How many files are read at a time.
+        pulse: Told of what is read, and that nothing is to be.
     """
 
     root: Path
     on_read: Callable[[int], object]
     on_done: Callable[[str], object]
     threads: int = min(_THREADS, os.cpu_count() or 1)
+    pulse: Pulse = field(default_factory=Pulse)
     _jobs: dict[str, _Job] = field(default_factory=dict)
     _queue: list[tuple[int, int, _Job]] = field(default_factory=list)
     _number: itertools.count[int] = field(default_factory=itertools.count)
@@ -127,14 +130,18 @@ class Hasher:
             thread = threading.get_native_id()
             nice = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, max(nice, _NICE))
-        while True:
-            with self._news:
-                while not self._queue and not self._closed:
+        with self.pulse.watched():
+            while (job := self._next()) is not None:
+                with self.pulse.on(job.relative):
+                    self._read(job)
+
+    def _next(self) -> _Job | None:
+        """Wait for the file to be read next; None if there will be none."""
+        with self._news:
+            while not self._queue and not self._closed:
+                with self.pulse.resting():
                     self._news.wait()
-                if self._closed:
-                    return
-                _, _, job = heapq.heappop(self._queue)
-            self._read(job)
+            return None if self._closed else heapq.heappop(self._queue)[2]
 
     def _read(self, job: _Job) -> None:
         """Hash a file to its end, or until a smaller one has waited for a slice."""

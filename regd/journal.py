@@ -335,6 +335,11 @@ class Journal:
         (number,) = self._rows("PRAGMA data_version")[0]
         return int(number), self._asked
 
+    def changes(self) -> tuple[int, int]:
+        """Return what is another after each change of the journal, by this process or by others."""
+        (number,) = self._rows("PRAGMA data_version")[0]
+        return int(number), self._db.total_changes
+
     # --- facts and requests ----------------------------------------------------------------------
 
     def fact(self, name: str) -> Any:

@@ -25,6 +25,7 @@ from regd.paths import (
     is_utf8,
     parse_session,
 )
+from regd.pulse import Pulse
 from regd.settings import Settings
 
 _DAY_S = 86400.0
@@ -75,6 +76,7 @@ class Scanner:
         ignored: Says of a path below the root whether it is never looked at.
         stop: Set to end a scan early.
         between: Called between two folders; a scan of a large root takes long.
+        pulse: Told that the scan advances.
     """
 
     root: Path
@@ -83,6 +85,7 @@ class Scanner:
     ignored: Ignored
     stop: threading.Event
     between: Callable[[], None] = lambda: None
+    pulse: Pulse = field(default_factory=Pulse)
 
     def scan(
         self,
@@ -197,11 +200,14 @@ class Scanner:
         flag = self.settings.flag
         ignored = copy(self.ignored)  # but for the flag, wherever it is
         ignored.fits_name = lambda name: name != flag and self.ignored.fits_name(name)
-        paths = [path for path, *_ in files.list_open(descriptor, folder, ignored)]
+        paths = [
+            path for path, *_ in files.list_open(descriptor, folder, ignored, beat=self.pulse.beat)
+        ]
         return flag if flag in paths else printable(paths[0]) if paths else None
 
     def _list(self, descriptor: int, folder: str) -> list[Fields]:
-        return files.list_open(descriptor, folder, self.ignored, self.settings.flag)
+        flag = self.settings.flag
+        return files.list_open(descriptor, folder, self.ignored, flag, self.pulse.beat)
 
     def _digest(self, found: list[Fields]) -> bytes:
         """Return what is the same for a session folder in which nothing has changed."""

@@ -40,6 +40,7 @@ from regd.logs import Recurring, get_logger
 from regd.model import SessionPath
 from regd.owner import HEARTBEAT_S, SILENT_BEATS, Owner, myself
 from regd.paths import Ignored, could_become_session, parse_session, session_depth
+from regd.pulse import Pulse
 from regd.registration import RegistrationClient
 from regd.retries import LONGEST_AFTER_S
 from regd.scan import Scanner, ScanResult
@@ -55,6 +56,7 @@ _TICK_S = 1.0  # how often the journal is asked for what other processes want
 _IDLE_S = 30.0  # a worker with nothing to do is told of news; this is how long it believes that
 _REMIND_S = 3600.0
 _HELD_UP_S = 0.5
+_FIRST_LISTING_S = 3600.0  # most that a polling observer takes, which does not say how far it is
 _REREAD_S = 5.0  # how often the settings are read while Alyx refuses the credentials in them
 _log = get_logger()
 
@@ -160,6 +162,10 @@ class Service:
         chance: A number in [0, 1), for jitter.
         arrives_s: How long a request whose outcome is unknown may still take to have an effect, if
             not by the settings.
+        pulse: Where the threads say that they advance.
+
+    Attributes:
+        scanning: Whether the whole data root is being gone through.
 
     Raises:
         NeedsHuman: The journal cannot be used.
@@ -177,27 +183,30 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
         arrives_s: float | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         if settings.data_root is None:
             raise InvalidInput("data_root is not set", hint="set it in the settings file")
         self.settings = settings
         self.stop = stop
         self.root = settings.data_root.resolve()
+        self.pulse = pulse or Pulse(clock)
+        self.scanning = False
         self._now = now
         self._clock = clock
         self._ignored = Ignored(settings.watch.ignore)
         self.journal = self._open_journal()
         self.journal.bind_root(self.root)
         self.client = client or RegistrationClient(
-            AlyxClient.from_settings(settings, clock=clock, sleep=self._sleep),
+            AlyxClient.from_settings(settings, clock=clock, sleep=self._sleep, pulse=self.pulse),
             chunk_files=settings.register.chunk_files,
         )
         self.owner = Owner(self.root, myself(settings.state_dir))
         self.gate = Gate(clock, chance)
         self.scanner = Scanner(
-            self.root, settings, self.journal, self._ignored, stop, self._note_hints
+            self.root, settings, self.journal, self._ignored, stop, self._note_hints, self.pulse
         )
-        self.hasher = Hasher(self.root, self._on_read, self._on_hashed)
+        self.hasher = Hasher(self.root, self._on_read, self._on_hashed, pulse=self.pulse)
         self.worker = Worker(
             self.root,
             settings,
@@ -215,6 +224,7 @@ class Service:
             arrives_s=max(UNKNOWN_OUTCOME_S, settings.alyx.timeout_s + _MARGIN_S)
             if arrives_s is None
             else arrives_s,
+            pulse=self.pulse,
         )
         self._hints: queue.SimpleQueue[Hint] = queue.SimpleQueue()
         self._to_scan: set[str] = set()  # folders that a hint named, outside any session
@@ -280,6 +290,11 @@ class Service:
         """Say whether this journal stands in for a damaged one, and no scan has filled it yet."""
         return self.journal.fact("scan") is None and bool(asides(self.journal.path))
 
+    @property
+    def watching(self) -> bool:
+        """Whether changes are noticed at once, and not by scans alone."""
+        return self._watcher is not None
+
     def end(self) -> None:
         """Have `run` or `run_once` return soon; for signal handlers."""
         self.stop.set()
@@ -287,8 +302,11 @@ class Service:
 
     # --- running ---------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Work until `stop` is set.
+
+        Args:
+            ready: Called once the watches stand, and all that is recorded from then on is noticed.
 
         Raises:
             RootTaken: Another regd works on the data root.
@@ -313,8 +331,10 @@ class Service:
         self._watcher = self._watch()
         workers = self._start_workers()
         threading.Thread(target=self._greet, name="greet", daemon=True).start()
+        ready()
         try:
-            self._loop()
+            with self.pulse.watched():
+                self._loop()
         except Exception as error:
             self._fail(error)
         finally:
@@ -410,18 +430,24 @@ class Service:
 
     def _work(self) -> None:
         try:
-            while not self.stop.is_set():
-                self._check_clock()
-                seen = self._news_count
-                if self.step() if self.owner.holds else self._probe():
-                    continue
-                idle_s = self._idle_s()
-                with self._news:
-                    if self._news_count == seen:
-                        self._news.wait(idle_s)
+            with self.pulse.watched():
+                self._work_on()
         except Exception as error:
             if not self.stop.is_set():
                 self._fail(error)
+
+    def _work_on(self) -> None:
+        while not self.stop.is_set():
+            self.pulse.beat()
+            self._check_clock()
+            seen = self._news_count
+            if self.step() if self.owner.holds else self._probe():
+                continue
+            idle_s = self._idle_s()
+            with self._news:
+                if self._news_count == seen:
+                    with self.pulse.resting():
+                        self._news.wait(idle_s)
 
     def _fail(self, error: Exception) -> None:
         """End all of it because of an error that is no session's. Only the first is told."""
@@ -477,6 +503,7 @@ class Service:
         """Count what is hashed; the end of a large file may be far away."""
         if self.stop.is_set():
             raise Stopping("stopped while hashing")
+        self.pulse.beat()
         self.client.alyx.counts.add(hashed_bytes=size)
 
     def _on_hashed(self, relative: str) -> None:
@@ -490,8 +517,13 @@ class Service:
         self._tell()
 
     def _sleep(self, seconds: float) -> None:
-        if self.stop.wait(seconds):
+        if self._rest(seconds):
             raise Stopping("stopped while waiting for Alyx")
+
+    def _rest(self, seconds: float) -> bool:
+        """Wait that long, on purpose, or until regd is to end; return whether it is."""
+        with self.pulse.resting():
+            return self.stop.wait(seconds)
 
     # --- one regd a data root --------------------------------------------------------------------
 
@@ -534,13 +566,14 @@ class Service:
 
     def _keep_owning(self) -> None:
         try:
-            while not self.stop.wait(min(_TICK_S, HEARTBEAT_S / 4)):
-                if not self.owner.is_due():
-                    continue
-                held = self.owner.holds
-                self._own()
-                if self.owner.holds and not held:
-                    self._tell()
+            with self.pulse.watched():
+                while not self._rest(min(_TICK_S, HEARTBEAT_S / 4)):
+                    if not self.owner.is_due():
+                        continue
+                    held = self.owner.holds
+                    self._own()
+                    if self.owner.holds and not held:
+                        self._tell()
         except Exception as error:
             if not self.stop.is_set():
                 self._fail(error)
@@ -678,8 +711,9 @@ class Service:
         observer = self._choose().observer
         if observer == "none":
             return None
-        watcher = Watcher(self.root, observer, self._hints)
+        watcher = Watcher(self.root, observer, self._hints, self.pulse)
         started_at = self._clock()
+        self.pulse.beat(_FIRST_LISTING_S)
         try:
             watcher.start()
         except NeedsHuman as error:
@@ -704,6 +738,7 @@ class Service:
         version = (-1, 0)
         everything = False
         while not self.stop.is_set():
+            self.pulse.beat()
             self._check_clock()
             if (identity := _identity(self.root)) != known_root:
                 known_root = identity
@@ -747,6 +782,7 @@ class Service:
 
     def _scan(self, *, everything: bool = False, below: str = "") -> None:
         started_at = self._clock()
+        self.scanning = not below
         try:
             check_root(self.root, self.journal)
             rebuild = not below and self._rebuilds()
@@ -760,6 +796,8 @@ class Service:
             hint = "let regd's user read it; if its disk fails, mend that"
             _log.warning("scan.failed", path=below, reason=str(error), hint=hint)
             return
+        finally:
+            self.scanning = False
         self._tell()
         if below:
             return
@@ -784,7 +822,9 @@ class Service:
         # what was noted during a scan is done now, even if nothing comes after it
         with contextlib.suppress(queue.Empty):
             timeout_s = 0 if self._to_scan or self._overflowed else _TICK_S
-            self._note_hints(self._hints.get(timeout=timeout_s))
+            with self.pulse.resting():
+                first = self._hints.get(timeout=timeout_s)
+            self._note_hints(first)
         folders, self._to_scan = self._to_scan, set()
         for folder in folders - {""}:  # a file in the root itself is named by the next whole scan
             self._scan(below=folder)
@@ -798,6 +838,7 @@ class Service:
         notes: dict[str, _Note] = {}
         told = 0
         while True:
+            self.pulse.beat()  # there may be no end of them
             if hint is not None:
                 told += bool(hint.path)
                 self._overflowed |= hint.overflow

@@ -8,9 +8,10 @@ import os
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regd.alyx import AlyxClient
 from regd.errors import (
@@ -19,14 +20,19 @@ from regd.errors import (
     RegdError,
     Unauthorized,
 )
+from regd.glance import Situation, in_one_line
 from regd.journal import FileRow, Journal, SessionRow, asides
 from regd.model import FileState, SessionState
 from regd.paths import parse_dataset
 from regd.settings import Settings
 from regd.worker import check_root
 
+if TYPE_CHECKING:
+    from regd.service import Service
+
 _LISTED = 200  # sessions of one state that are listed one by one
 _ALYX_WITHIN_S = 5.0
+_QUEUED = (FileState.SETTLING, FileState.READY, FileState.PLACING)
 
 Report = dict[str, Any]
 
@@ -68,8 +74,7 @@ def report(
         # mended since the last scan
         refused = [f for f in refused if _is_there(settings, f"{f['session']}/{f['path']}")]
         strays = [s for s in strays if _is_there(settings, s["path"])]
-    queued = (FileState.SETTLING, FileState.READY, FileState.PLACING)
-    unfinished = list(_grouped(journal.files_in(*queued, hinted=True)))
+    unfinished = list(_grouped(journal.files_in(*_QUEUED, hinted=True)))
     parked = _sessions(journal, SessionState.PARKED)
     running = is_running(settings.state_dir)
     away = journal.fact("away") if running else None
@@ -265,3 +270,43 @@ def _alyx(settings: Settings, away: Report | None, *, ask: bool) -> Report:
 
 def _give_up(_seconds: float) -> None:
     """Stand in for a wait: a person at the rig wants an answer now."""
+
+
+# --- in one line ---------------------------------------------------------------------------------
+
+
+class Summary:
+    """The line that a running regd says of itself; cheap to ask for while nothing changes."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._journal = service.journal
+        self._changes: tuple[int, int] | None = None
+        self._counted = Situation()
+
+    def __call__(self) -> str:
+        """Return the line as it is now."""
+        if (changes := self._journal.changes()) != self._changes:
+            self._counted = self._count()
+            self._changes = changes
+        return in_one_line(replace(self._counted, doing=self._doing()), time.time())
+
+    def _doing(self) -> str:
+        if self._service.scanning:
+            return "scanning"
+        if self._service.watching:
+            return "watching"
+        return "going by scans"
+
+    def _count(self) -> Situation:
+        sessions, in_files = self._journal.counts()
+        strays = len(self._journal.strays())
+        return Situation(
+            working=sessions[SessionState.WORKING],
+            waiting=sessions[SessionState.WAITING],
+            held=sessions[SessionState.HELD],
+            people=sessions[SessionState.PARKED] + in_files[FileState.REFUSED] + strays,
+            files_left=sum(in_files[state] for state in _QUEUED),
+            registered=in_files[FileState.REGISTERED],
+            away=self._journal.fact("away"),
+        )

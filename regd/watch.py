@@ -31,6 +31,7 @@ from watchdog.observers.inotify_c import (
 from watchdog.utils import BaseThread
 
 from regd.errors import NeedsHuman
+from regd.pulse import Pulse
 
 _MASK = Mask(
     InotifyConstants.IN_CREATE
@@ -70,10 +71,11 @@ class _Inotify(InotifyFD):
     name, so that a folder that is renamed takes all below it along.
     """
 
-    def __init__(self, root: Path, hints: queue.SimpleQueue[Hint]) -> None:
+    def __init__(self, root: Path, hints: queue.SimpleQueue[Hint], pulse: Pulse) -> None:
         super().__init__()
         self._root = os.fsencode(root)
         self._hints = hints
+        self._pulse = pulse
         self._folders: dict[int, tuple[int, bytes]] = {}
         self._names: dict[bytes, bytes] = {}  # one object for all folders of a name
         self._moved_away: set[int] = set()
@@ -88,7 +90,7 @@ class _Inotify(InotifyFD):
         Raises:
             OSError: The root itself cannot be watched.
         """
-        with self._walking:
+        with self._pulse.holding(self._walking):
             self.unwatched = None
             seen: set[int] = set()
             for _ in self._watch(self._root, 0, b"", seen):
@@ -108,6 +110,7 @@ class _Inotify(InotifyFD):
         todo = [(path, above, name, 0)]
         while todo:
             path, above, name, depth = todo.pop()
+            self._pulse.beat()
             with self._lock:  # an event must not come before its folder is known
                 if self._closed:
                     return
@@ -236,12 +239,20 @@ class Watcher:
         root: The data root, resolved.
         observer: 'inotify' for the kernel's events, 'polling' to compare listings.
         hints: The queue.
+        pulse: Told of each folder that is watched.
     """
 
-    def __init__(self, root: Path, observer: str, hints: queue.SimpleQueue[Hint]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        observer: str,
+        hints: queue.SimpleQueue[Hint],
+        pulse: Pulse | None = None,
+    ) -> None:
         self._root = root
         self._polls = observer == "polling"
         self._hints = hints
+        self._pulse = pulse or Pulse()
         self._observer: BaseThread | None = None
 
     def start(self) -> None:
@@ -254,7 +265,7 @@ class Watcher:
             if self._polls:
                 self._observer = self._start_polling()
                 return
-            self._observer = inotify = _Inotify(self._root, self._hints)
+            self._observer = inotify = _Inotify(self._root, self._hints, self._pulse)
             inotify.start()
             inotify.watch_all()
         except OSError as error:

@@ -55,6 +55,7 @@ from regd.model import (
     SessionState,
 )
 from regd.paths import OWNER_FILE, Ignored, is_utf8, parse_dataset
+from regd.pulse import Pulse
 from regd.registration import RegistrationClient, is_protected, read_histories
 from regd.retries import backoff_s
 from regd.revisions import choose_destination
@@ -208,6 +209,7 @@ class Worker:
         today: The rig's local date.
         chance: A number in [0, 1), for jitter.
         arrives_s: How long a request whose outcome is unknown may still take to have an effect.
+        pulse: Told that the work advances.
     """
 
     root: Path
@@ -224,6 +226,7 @@ class Worker:
     today: Callable[[], datetime.date] = datetime.date.today
     chance: Callable[[], float] = random.random
     arrives_s: float = UNKNOWN_OUTCOME_S
+    pulse: Pulse = field(default_factory=Pulse)
     stillness_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def step(self, *, trial: bool = False) -> bool:
@@ -242,7 +245,10 @@ class Worker:
         row = self.journal.claim()
         if row is None:
             return False
-        with bound_contextvars(session=row.folder, attempt=row.attempt + 1):
+        with (
+            bound_contextvars(session=row.folder, attempt=row.attempt + 1),
+            self.pulse.on(row.folder),
+        ):
             after = self._attempt(row)
         if after.state is not SessionState.WAITING:
             self.hasher.forget(row.folder)
@@ -503,7 +509,8 @@ class Worker:
     def _list(self, top: int, folder: str) -> Iterable[files.Found]:
         """Yield what lies in a session's folder, which is open, but for the flag."""
         flag = self.settings.flag
-        for fields in files.list_open(top, folder, self.ignored):
+        for fields in files.list_open(top, folder, self.ignored, beat=self.pulse.beat):
+            self.pulse.beat()
             if fields[0] != flag:
                 yield files.Found._make(fields)
 
@@ -778,6 +785,7 @@ class Worker:
                 above = stack.enter_context(files.open_folder(self.root, row.folder))
                 inner = ""
             for r in chunk:
+                self.pulse.beat()
                 try:
                     files.check_finished(above, f"{inner}{r.path}", r.signature)
                 except FileChanged:
@@ -844,6 +852,7 @@ class Worker:
         placed = []
         # Alyx checks by name: one that it holds with this very content must not be moved
         for r in self._compare(row, protected):
+            self.pulse.beat()
             try:
                 target = choose_destination(
                     PurePosixPath(r.path),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
 
-from regd.glance import LISTED, commands, glance, in_words, statement
+from regd.glance import LISTED, Situation, commands, glance, in_one_line, in_words, statement
 
 RETRY = "create the subject on Alyx, or rename its folder; then: regd retry --all"
 AWAY = {"kind": "alyx", "reason": "no connection", "hint": "is it up?", "since": 5.0}
@@ -184,3 +185,53 @@ def test_a_statement_is_of_all_even_where_little_is_listed() -> None:
     facts = report(session("m/1", "waiting", ready=1))
     assert statement(facts, 0)["state"] == "busy"
     assert statement(facts, 3)["title"] == "3 things need you"
+
+
+NOON = datetime(2026, 1, 31, 12, 0).timestamp()
+AT_10 = {"since": datetime(2026, 1, 31, 10, 2).timestamp()}
+YESTERDAY = {"since": datetime(2026, 1, 30, 14, 2).timestamp()}
+
+
+@pytest.mark.parametrize(
+    ("situation", "line"),
+    [
+        (Situation(doing="scanning"), "nothing recorded yet, scanning"),
+        (Situation(registered=7), "all registered, watching"),
+        (Situation(held=1, registered=7), "all registered, 1 held without a flag, watching"),
+        (Situation(held=2), "all registered, 2 held without a flag, watching"),
+        (
+            Situation(people=1, registered=7),
+            "all else registered, 1 needs a person: regd status, watching",
+        ),
+        (
+            Situation(working=2, files_left=41, people=2),
+            "2 sessions in work (41 files left), 2 need a person: regd status, watching",
+        ),
+        (
+            Situation(working=1, waiting=3, files_left=1, doing="going by scans"),
+            "1 session in work, 3 waiting (1 file left), going by scans",
+        ),
+        (
+            Situation(waiting=3, away={"kind": "alyx", **AT_10}),
+            "3 sessions waiting, Alyx away since 10:02",
+        ),
+        (
+            Situation(waiting=1, away={"kind": "alyx", **YESTERDAY}),
+            "1 session waiting, Alyx away since 2026-01-30 14:02",
+        ),
+        (
+            Situation(registered=7, away={"kind": "credentials", **AT_10}),
+            "all registered, Alyx refuses the credentials since 10:02",
+        ),
+        (
+            Situation(away={"kind": "root", **AT_10}),
+            "nothing recorded yet, data folder away since 10:02",
+        ),
+        (
+            Situation(waiting=2, away={"kind": "owner", **AT_10}),
+            "2 sessions waiting, waits for another regd to be gone since 10:02",
+        ),
+    ],
+)
+def test_in_one_line(situation: Situation, line: str) -> None:
+    assert in_one_line(situation, NOON) == line

@@ -27,7 +27,7 @@ PURE += ["glance"]
 # A module may import those before it, never those after it.
 ORDER = [
     *PURE,
-    *["settings", "logs", "counts"],
+    *["settings", "logs", "counts", "pulse", "notify"],
     *["mounts", "host", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service"],
     *["status", "web", "metrics", "check", "install", "manage", "screen", "live"],
