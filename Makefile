@@ -52,7 +52,7 @@ SUITE ?= bookworm
 
 test-systemd: $(READY)
 	@PYTHONPATH=. $(BIN)/python -m tests.systemd.container
-	SUITE=$(SUITE) $(BIN)/pytest -p no:cacheprovider -v --durations=5 tests/systemd/boot.py
+	SUITE=$(SUITE) $(BIN)/pytest -p no:cacheprovider -v --durations=5 tests/systemd/boot.py tests/systemd/install.py
 
 N    ?= 1000
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
