@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-clean test test-browser test-systemd chaos bench lint clean
+.PHONY: help demo demo-clean test test-browser test-systemd test-docker chaos bench lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,8 @@ help:
 	@echo "                 often each random part runs, SEED=1 what is random, PART=crashes which"
 	@echo "make bench       how fast regd is, beside what else does the same: ONLY=matching,scan names"
 	@echo "                 parts, QUICK=1 tries it with small sizes; bench/RESULTS.md keeps the table"
+	@echo "make test-docker build the image without Docker, and run it; as root, with buildah, crun and"
+	@echo "                 debootstrap"
 	@echo "make lint        ruff, mypy and bandit alone"
 	@echo "make clean       remove ./demo, the virtual environment and caches"
 	@echo
@@ -53,6 +55,9 @@ SUITE ?= bookworm
 test-systemd: $(READY)
 	@PYTHONPATH=. $(BIN)/python -m tests.systemd.container
 	SUITE=$(SUITE) $(BIN)/pytest -p no:cacheprovider -v --durations=5 tests/systemd/boot.py tests/systemd/install.py
+
+test-docker: $(READY)
+	$(BIN)/python -m tests.container
 
 N    ?= 1000
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')

@@ -192,6 +192,7 @@ def run(config: Config = None) -> None:
     """Watch the data folder and register what appears there, until told to stop."""
     import os
 
+    from regd.health import LOCK
     from regd.notify import Lifeline, Systemd
     from regd.pulse import Pulse
     from regd.service import Service, lock
@@ -203,6 +204,7 @@ def run(config: Config = None) -> None:
         reread = _reader(config, settings)
         with (
             lock(settings.state_dir),
+            lifeline.renewing(settings.state_dir / LOCK),
             Service(settings, threading.Event(), reread=reread, pulse=pulse) as service,
             _page(settings, service.stop),
             _metrics(settings, service),

@@ -11,12 +11,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from regd.errors import RegdError, SettingsError, printable
+from regd.health import BEAT_S
 from regd.logs import get_logger
 from regd.pulse import Pulse, Stuck
 
-_LOOK_S = 10.0  # between two looks for what is stuck
+_LOOK_S = BEAT_S  # between two looks for what is stuck
 _STATUS_S = 5.0  # between two looks for a new status
 _START_STEP_S = 120.0  # while regd starts, that long is asked for again and again
 _LONGEST_START_S = 3600.0  # but not for ever: a journal or a data root may not answer
@@ -72,7 +74,7 @@ class Lifeline:
     the stuck one.
 
     Args:
-        systemd: Who is told; if nobody listens, nothing is done at all.
+        systemd: Who is told; where nobody listens, only `renewing` tells anybody.
         pulse: Which threads advance.
     """
 
@@ -83,6 +85,7 @@ class Lifeline:
         self._running = contextlib.ExitStack()
         self._status = ""
         self._reported: set[int] = set()
+        self._file: Path | None = None
         self.allowed_s = systemd.watchdog_s or _WATCHDOG_S
         """How long a thread with work in hand may be silent, in seconds."""
 
@@ -91,10 +94,10 @@ class Lifeline:
             if sys.__stderr__ is not None:
                 faulthandler.enable(sys.__stderr__)  # what systemd ends by SIGABRT says where it is
             self._systemd.tell(STATUS="starting")
-            self._running.enter_context(self._pulse.watched())
-            self._pulse.beat(_LONGEST_START_S)
-            every_s = min(_LOOK_S, self.allowed_s / 3)
-            self._running.enter_context(_repeating("watchdog", self.look, every_s))
+        self._running.enter_context(self._pulse.watched())
+        self._pulse.beat(_LONGEST_START_S)
+        every_s = min(_LOOK_S, self.allowed_s / 3)
+        self._running.enter_context(_repeating("watchdog", self.look, every_s))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -103,6 +106,15 @@ class Lifeline:
             self._systemd.tell(STOPPING=1, STATUS=str(error).partition("\n")[0][:_LONGEST_STATUS])
         else:
             self._systemd.tell(STOPPING=1)
+
+    @contextlib.contextmanager
+    def renewing(self, file: Path) -> Iterator[None]:
+        """Renew the time of a file in the block while all is alive, for `regd.health` to see."""
+        self._file = file
+        try:
+            yield
+        finally:
+            self._file = None
 
     @contextlib.contextmanager
     def saying(self, sentence: Callable[[], str], answers_within_s: float) -> Iterator[None]:
@@ -148,6 +160,9 @@ class Lifeline:
         if self._reported - idents and not stuck:
             _log.info("work.resumed")
         self._reported = idents
+        if self._file is not None and not stuck:
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
         if stuck:
             self._systemd.tell(STATUS=_sentence(stuck))
             self._status = ""

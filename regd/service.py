@@ -35,6 +35,7 @@ from regd.errors import (
     Unauthorized,
 )
 from regd.hashing import Hasher
+from regd.health import LOCK
 from regd.journal import FILE_NAME, UNKNOWN_OUTCOME_S, Journal, asides, set_aside
 from regd.logs import Recurring, get_logger
 from regd.model import SessionPath
@@ -114,7 +115,7 @@ def lock(state_dir: Path) -> Iterator[None]:
     """
     check_state_dir(state_dir)
     try:
-        file = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.open(state_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         hint = "let regd's user write there; if the disk is full, free some space"
         raise _unfit(state_dir, f"cannot be used: {error.strerror}", hint) from None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import os
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regd.alyx import AlyxClient
@@ -21,6 +19,7 @@ from regd.errors import (
     Unauthorized,
 )
 from regd.glance import Situation, in_one_line
+from regd.health import is_running as is_running
 from regd.journal import FileRow, Journal, SessionRow, asides
 from regd.model import FileState, SessionState
 from regd.paths import parse_dataset
@@ -197,18 +196,6 @@ def _revision(path: str) -> str | None:
 def _is_there(settings: Settings, path: str) -> bool:
     # a name that is shown escaped cannot be looked up
     return "\\" in path or os.path.lexists(f"{settings.data_root}/{path}")
-
-
-def is_running(state_dir: Path) -> bool:
-    """Say whether a regd works with that state folder."""
-    try:
-        with (state_dir / "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _sessions(journal: Journal, state: SessionState) -> list[Report]:

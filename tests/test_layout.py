@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import regd
 from regd.cli import app
-from regd.settings import load
+from regd.settings import LEAVES, load
 
 PROJECT = Path(__file__).parents[1]
 PACKAGE = PROJECT / "regd"
@@ -27,7 +28,7 @@ PURE += ["glance"]
 # A module may import those before it, never those after it.
 ORDER = [
     *PURE,
-    *["settings", "logs", "counts", "pulse", "notify"],
+    *["health", "settings", "logs", "counts", "pulse", "notify"],
     *["mounts", "host", "files", "hashing", "owner", "journal", "alyx", "watch", "scan"],
     *["registration", "worker", "service"],
     *["status", "web", "metrics", "check", "install", "manage", "screen", "live"],
@@ -180,6 +181,55 @@ def test_the_container_starts_what_there_is():
         for source in copied.split()[:-1]:
             assert (PROJECT / source).exists()
             assert f"!{source}" in kept
+
+
+def test_the_container_has_all_that_the_package_is_built_from():
+    text = (PROJECT / "Dockerfile").read_text()
+    copied = {
+        word for line in re.findall(r"^COPY (?!--)(.+) ", text, re.M) for word in line.split()
+    }
+    build = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    wheel = build["targets"]["wheel"]
+    assert {*wheel["packages"], *wheel["force-include"], "pyproject.toml"} <= copied
+
+
+def test_the_container_asks_for_its_health_what_there_is():
+    text = (PROJECT / "Dockerfile").read_text()
+    words = json.loads(re.search(r"^HEALTHCHECK .*\\\n  CMD (.+)$", text, re.M)[1])
+    assert words[:2] == ["python", "-m"]
+    module = words[2].removeprefix("regd.")
+    assert re.search(r"^ +REGD_STATE_DIR=/", text, re.M)
+    assert own(PACKAGE / f"{module}.py") == set()  # it is started all day
+
+
+def test_compose_runs_what_there_is_without_rights():
+    composed = yaml.safe_load((PROJECT / "compose.yaml").read_text())
+    assert {*composed} <= {"x-hardened", "services", "volumes"}
+    for name, service in composed["services"].items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "privileged" not in service
+        assert "ports" not in service, name
+        assert service["image"] == "regd"
+        accepts(service.get("command", ["run"]))
+        for volume in service.get("volumes", []):
+            if isinstance(volume, str):
+                assert volume.split(":")[0] in composed["volumes"]
+    regd, sandbox = (composed["services"][name] for name in ("regd", "sandbox"))
+    assert {*regd["depends_on"]} == {"sandbox"}
+    assert sandbox["healthcheck"]["test"][0] == "CMD"
+    compile(sandbox["healthcheck"]["test"][3], "healthcheck", "exec")
+    lab = json.loads((PACKAGE / "sandbox/data/default_lab.json").read_text())
+    keys = {key.lower().removeprefix("regd_").replace("__", ".") for key in regd["environment"]}
+    assert keys <= set(LEAVES)
+    assert regd["environment"]["REGD_REPOSITORY"] in lab["labs"][1]["repositories"]
+    assert regd["environment"]["REGD_ALYX__PASSWORD"] == "rig-password"
+    assert regd["environment"]["REGD_ALYX__URL"] == "http://sandbox:8000"
+    assert "8000" in sandbox["command"]
+    targets = {v["target"] if isinstance(v, dict) else v.split(":")[1] for v in regd["volumes"]}
+    image = (PROJECT / "Dockerfile").read_text()
+    assert targets == set(json.loads(re.search(r"^VOLUME (.+)$", image, re.M)[1]))
 
 
 def test_hooks_come_from_nowhere_else():

@@ -89,11 +89,37 @@ def test_a_listener_that_is_gone_is_no_error(tmp_path: Path) -> None:
     Systemd({"NOTIFY_SOCKET": str(tmp_path / "nobody")}).tell(READY=1)
 
 
-def test_without_a_socket_nothing_runs() -> None:
-    threads = threading.active_count()
-    with Lifeline(Systemd({}), Pulse()) as lifeline, lifeline.saying(lambda: "x", 60):
-        lifeline.ready()
-        assert threading.active_count() == threads
+def test_a_file_is_renewed_while_nothing_is_stuck(tmp_path: Path) -> None:
+    """That needs no systemd: a container's health check looks at it."""
+    time, file = Time(), tmp_path / "lock"
+    pulse = Pulse(time)
+    lifeline = Lifeline(Systemd({}), pulse)
+
+    def renewed() -> bool:
+        os.utime(file, (0, 0))
+        lifeline.look()
+        return file.stat().st_mtime > 0
+
+    file.touch()
+    assert not renewed()  # it may be another regd's
+    with lifeline.renewing(file), pulse.watched():
+        assert renewed()
+        time.now += lifeline.allowed_s + 1
+        assert not renewed()
+        pulse.beat()
+        assert renewed()
+        file.rename(tmp_path / "away")
+        lifeline.look()
+        (tmp_path / "away").rename(file)
+    assert not renewed()
+
+
+def test_without_a_socket_no_status_is_made() -> None:
+    with Lifeline(Systemd({}), Pulse()) as lifeline:
+        threads = threading.active_count()
+        with lifeline.saying(lambda: "x", 60):
+            lifeline.ready()
+            assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize(
