@@ -295,3 +295,10 @@ def test_every_command_and_option_is_told() -> None:
                 assert re.search(rf"{parameter.opts[0]}\b", text), (
                     f"regd {name} {parameter.opts[0]}"
                 )
+
+
+def test_make_help_lists_what_there_is() -> None:
+    text = (PROJECT / "Makefile").read_text()
+    targets = re.findall(r"^\.PHONY: (.*)$", text, re.M)[0].split()
+    told = re.findall(r"^\t@echo \"make ([\w-]+)", text, re.M)
+    assert sorted([*told, "help"]) == sorted(targets)
