@@ -192,12 +192,14 @@ def run(config: Config = None) -> None:
     """Watch the data folder and register what appears there, until told to stop."""
     import os
 
+    from regd.files import let_others_first
     from regd.health import LOCK
     from regd.notify import Lifeline, Systemd
     from regd.pulse import Pulse
     from regd.service import Service, lock
     from regd.status import Summary
 
+    let_others_first()
     pulse = Pulse()
     with Lifeline(Systemd(os.environ), pulse) as lifeline:
         settings = _daemon_settings(config)
@@ -252,10 +254,12 @@ def scan(
     Waits for files that are still being written. The exit status is 0 when nothing is left, 1 when
     something is left or needs a person (`regd status` says what), 2 when it could not run.
     """
+    from regd.files import let_others_first
     from regd.logs import configure
     from regd.service import AlreadyRunning, Service, lock
     from regd.status import is_running
 
+    let_others_first()
     settings = _load(config).settings
     if dry_run:
         _show_dry_run(settings, everything)

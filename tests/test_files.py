@@ -331,6 +331,25 @@ def test_signature(tmp_path: Path) -> None:
     assert files.signature(tmp_path, "a/b/c") is None
 
 
+# --- the disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("ionice"), reason="ionice is not here (util-linux)")
+@pytest.mark.parametrize(
+    ("before", "after"), [([], "idle"), (["ionice", "-c", "2", "-n", "3"], "best-effort: prio 3")]
+)
+def test_the_disk_serves_others_first_unless_somebody_chose(before: list[str], after: str) -> None:
+    code = (
+        "import subprocess, sys, threading; from regd.files import let_others_first\n"
+        "let_others_first()\n"
+        "def ask(): subprocess.run(['ionice', '-p', str(threading.get_native_id())], check=True)\n"
+        "thread = threading.Thread(target=ask); thread.start(); thread.join()"
+    )
+    command = [*before, sys.executable, "-c", code]
+    asked = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == after
+
+
 # --- MD5 -----------------------------------------------------------------------------------------
 
 
