@@ -72,6 +72,7 @@ _LOOK_S = 5.0  # between two looks for a session whose creation may be on its wa
 _WRITES_FAIL = 3  # sessions, with none that Alyx took anything of in between: it is not their fault
 _FLUSH_S = 2.0  # hashes are written down at least this often
 _HASHING = "it is being hashed"
+_TURN_S = 30.0  # after which a session gives way to others that are due
 _HASHED_S = 60.0  # the hasher says when it has done a file; this is how long that is believed
 _log = get_logger()
 
@@ -185,9 +186,20 @@ class _Next:
     looked: int = 0
 
 
-_Blocked = dict[str, TryLater]
-"""What keeps a file from being registered in this attempt of its session, by the file's path; for a
-folder that could not be listed, the path ends in '/'."""
+@dataclass(slots=True)
+class _Turn:
+    """One session's turn with a worker.
+
+    Attributes:
+        ends_at: When it gives way to other sessions that are due, in monotonic seconds.
+        has_begun: Whether anything has been hashed; each turn brings a session on.
+        blocked: What keeps a file from being registered in this attempt, by the file's path; for a
+            folder that could not be listed, the path ends in '/'.
+    """
+
+    ends_at: float
+    has_begun: bool = False
+    blocked: dict[str, TryLater] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -391,20 +403,21 @@ class Worker:
                         return self._look_again(row, arrived_at)
                 found = self._create(row, session)
             row = found
-        blocked: _Blocked = {}
+        turn = _Turn(self.clock() + _TURN_S)
         with bound_contextvars(eid=row.eid):
             wait_s = None
             if self.settings.register.files:
-                wait_s = self._collect(row, blocked)
-                self._register(row, session, blocked)
+                wait_s = self._collect(row, turn)
+                if not self._register(row, session, turn):
+                    return _Next(SessionState.WAITING, self.now(), row.attempt)
                 if wait_s is None and self.journal.is_settling(row.id):
                     wait_s = 0.0  # written to, or gone, since it was hashed: look again
-                if row.doubt and wait_s is None and not blocked:
+                if row.doubt and wait_s is None and not turn.blocked:
                     self.journal.set_doubt(row.id, False)  # every file has been compared
             # what lies in a folder that could not be listed is written down nowhere yet
-            if flagged and not any(path.endswith("/") for path in blocked):
+            if flagged and not any(path.endswith("/") for path in turn.blocked):
                 self._unflag(row)
-        for error in blocked.values():  # all beside those files is done
+        for error in turn.blocked.values():  # all beside those files is done
             raise error
         if wait_s is None:
             return _Next(SessionState.DONE)
@@ -514,13 +527,13 @@ class Worker:
             if fields[0] != flag:
                 yield files.Found._make(fields)
 
-    def _collect(self, row: SessionRow, blocked: _Blocked) -> float | None:
+    def _collect(self, row: SessionRow, turn: _Turn) -> float | None:
         """Bring the journal up to date with the session's folder, hashing what has settled.
 
         Returns:
             The seconds until the next file may have settled, or None if none is being written.
         """
-        self._finish_moves(row, blocked)
+        self._finish_moves(row, turn)
         known = self.journal.files(row.id)
         # a move that the disk has not let end yet: none of its names is a new file
         moving = {
@@ -545,18 +558,18 @@ class Worker:
                     code = found.size if found.kind == "failing" else errno.EACCES
                     unseen[f"{key}/"] = _of_disk(OSError(code, os.strerror(code)), key)
                 if found.kind == "failing":
-                    blocked[f"{key}/"] = unseen[f"{key}/"]
+                    turn.blocked[f"{key}/"] = unseen[f"{key}/"]
                     continue
                 old = known.get(key)
                 if key in moving or (
                     old is not None and _is_settled_row(old) and old.signature == found.signature
                 ):
                     continue
-                looked = self._look(row, top, key, found, old, blocked, stamped_here=stamped_here)
+                looked = self._look(row, top, key, found, old, turn, stamped_here=stamped_here)
                 rows.append(looked)
-                if looked.state is FileState.SETTLING and key not in blocked:
+                if looked.state is FileState.SETTLING and key not in turn.blocked:
                     full = f"{row.folder}/{found.path}"
-                    remaining_s = _HASHED_S
+                    remaining_s = _HASHED_S if found.size >= LARGE else 0.0
                     if looked.reason != _HASHING:
                         remaining_s = self._remaining_s(full, found, stamped_here=stamped_here)
                     wait_s = min(wait_s if wait_s is not None else remaining_s, remaining_s)
@@ -572,7 +585,7 @@ class Worker:
             if above is None:
                 gone.append(path)
             elif old.state is not FileState.REFUSED:
-                rows.append(_block(old, unseen[above], blocked))
+                rows.append(_block(old, unseen[above], turn))
         for path in gone:
             _log.info("file.vanished", path=path)
         self.journal.write_files(row.id, rows, gone)
@@ -585,7 +598,7 @@ class Worker:
         key: str,
         found: files.Found,
         old: FileRow | None,
-        blocked: _Blocked,
+        turn: _Turn,
         *,
         stamped_here: bool,
     ) -> FileRow:
@@ -608,7 +621,7 @@ class Worker:
                 return self._still_settling(new, old)
             md5 = None
             if self._is_hashed(found.signature.size):
-                md5 = self._md5(top, full, found)
+                md5 = self._md5(top, full, found, turn)
                 if md5 is None:
                     return replace(new, reason=_HASHING)
             else:
@@ -623,7 +636,7 @@ class Worker:
         except (FileChanged, FileNotFoundError):  # the next pass sees what is there now
             return self._still_settling(new, old)
         except OSError as error:
-            return _block(new, _of_disk(error, key, "read"), blocked)
+            return _block(new, _of_disk(error, key, "read"), turn)
         with self.stillness_lock:
             self.stillness.forget(full)
         if old is not None and old.dataset_id and md5 is not None and old.md5 == md5:
@@ -632,9 +645,12 @@ class Worker:
         # until it is posted, this content is not what the dataset holds
         return replace(new, state=FileState.READY, md5=md5, dataset_id=None)
 
-    def _md5(self, top: int, full: str, found: files.Found) -> str | None:
-        """Return the MD5 of a file; None if it is large, and not hashed yet."""
+    def _md5(self, top: int, full: str, found: files.Found, turn: _Turn) -> str | None:
+        """Return the MD5 of a file; None if it is large and not hashed yet, or the turn is over."""
         if found.size < LARGE:
+            if turn.has_begun and self._gives_way(turn):
+                return None
+            turn.has_begun = True
             return files.md5(top, found.path, found.signature, self.hasher.on_read)
         md5 = self.hasher.md5(full, found)
         if md5 is not None:  # that may have been a while ago
@@ -671,7 +687,7 @@ class Worker:
             untouched_s = self.stillness.untouched_s(touched_at, wall, now)
             return self.stillness.remaining_s(full, found.signature, untouched_s, now)
 
-    def _finish_moves(self, row: SessionRow, blocked: _Blocked) -> None:
+    def _finish_moves(self, row: SessionRow, turn: _Turn) -> None:
         """Bring to an end every move that was interrupted; a file is found at either end."""
         for old in self.journal.files(row.id).values():
             if old.state is not FileState.PLACING or old.move_to is None:
@@ -683,7 +699,7 @@ class Worker:
                 if target == old.signature:
                     self._moved(row, old)
                 elif source == old.signature and target is None:
-                    self._move(row, old, blocked)
+                    self._move(row, old, turn)
                 else:
                     # changed meanwhile, or the name was taken: look at it afresh
                     self.journal.write_files(row.id, [], [old.path])
@@ -691,9 +707,9 @@ class Worker:
                 self._unsettle(row, old)
             except PathTaken as error:  # all that is there are files of their own now
                 self.journal.write_files(row.id, [], [old.path])
-                blocked[old.path] = TryLater(error.reason, hint=error.hint)
+                turn.blocked[old.path] = TryLater(error.reason, hint=error.hint)
             except OSError as error:
-                kept = _block(old, _of_disk(error, old.path, "write"), blocked)
+                kept = _block(old, _of_disk(error, old.path, "write"), turn)
                 self.journal.write_files(row.id, [kept])
 
     # --- compare ---------------------------------------------------------------------------------
@@ -717,8 +733,8 @@ class Worker:
 
     # --- place and post --------------------------------------------------------------------------
 
-    def _register(self, row: SessionRow, session: SessionPath, blocked: _Blocked) -> None:
-        """Register every ready file, chunk by chunk."""
+    def _register(self, row: SessionRow, session: SessionPath, turn: _Turn) -> bool:
+        """Register every ready file, chunk by chunk; False if some are left for another turn."""
         # a request that failed may have been too large for a server in between
         size = max(1, self.settings.register.chunk_files >> row.attempt)
         doubt = row.doubt
@@ -726,37 +742,46 @@ class Worker:
             if self.stop.is_set():
                 raise Stopping("stopped between two requests")
             if doubt:
-                if ready := self._ready(row, blocked):
+                if ready := self._ready(row, turn):
                     self._compare(row, ready)
                 doubt = False
-            chunk = self._ready(row, blocked, size)
+            chunk = self._ready(row, turn, size)
             if not chunk:
-                break
+                return True
             try:
-                if not self._post_chunk(row, session, chunk, blocked):
+                if not self._post_chunk(row, session, chunk, turn):
                     size = max(1, size // 2)
                     doubt = True
             except (AlyxAway, AlyxFault):
                 self.journal.set_doubt(row.id, True)
                 raise
+            if self._gives_way(turn):
+                return False
 
-    def _ready(self, row: SessionRow, blocked: _Blocked, most: int = -1) -> list[FileRow]:
+    def _gives_way(self, turn: _Turn) -> bool:
+        """Say whether a session has had its turn, and another one is due."""
+        if self.clock() < turn.ends_at:
+            return False
+        due_at = self.journal.next_due_at()
+        return due_at is not None and due_at <= self.now()
+
+    def _ready(self, row: SessionRow, turn: _Turn, most: int = -1) -> list[FileRow]:
         """Return files that can be posted now: all of them, or at most that many."""
-        limit = most if most < 0 else most + len(blocked)
-        ready = [r for r in self.journal.ready_files(row.id, limit) if r.path not in blocked]
+        limit = most if most < 0 else most + len(turn.blocked)
+        ready = [r for r in self.journal.ready_files(row.id, limit) if r.path not in turn.blocked]
         return ready if most < 0 else ready[:most]
 
     def _post_chunk(
-        self, row: SessionRow, session: SessionPath, chunk: list[FileRow], blocked: _Blocked
+        self, row: SessionRow, session: SessionPath, chunk: list[FileRow], turn: _Turn
     ) -> bool:
         """Register some ready files; False if Alyx refused one without saying which."""
-        chunk = self._unwritten(row, chunk, blocked)
+        chunk = self._unwritten(row, chunk, turn)
         if not chunk:
             return True
         try:
             self._post(row, session, chunk, checked=True)
         except DatasetsProtected as refusal:
-            return self._place_and_post(row, session, chunk, read_histories(refusal), blocked)
+            return self._place_and_post(row, session, chunk, read_histories(refusal), turn)
         except FileRefused as refusal:
             return self._refuse(row, session, chunk, refusal)
         return True
@@ -775,7 +800,7 @@ class Worker:
         self._compare(row, [r for r in chunk if r not in bad])
         return True
 
-    def _unwritten(self, row: SessionRow, chunk: list[FileRow], blocked: _Blocked) -> list[FileRow]:
+    def _unwritten(self, row: SessionRow, chunk: list[FileRow], turn: _Turn) -> list[FileRow]:
         """Return the files that are still what was hashed, and finished; others settle again."""
         same = []
         with ExitStack() as stack:
@@ -791,7 +816,7 @@ class Worker:
                 except FileChanged:
                     self._unsettle(row, r)
                 except OSError as error:
-                    kept = _block(r, _of_disk(error, r.path, "read"), blocked)
+                    kept = _block(r, _of_disk(error, r.path, "read"), turn)
                     self.journal.write_files(row.id, [kept])
                 else:
                     same.append(r)
@@ -839,7 +864,7 @@ class Worker:
         session: SessionPath,
         chunk: Sequence[FileRow],
         histories: dict[str, list[Revision]],
-        blocked: _Blocked,
+        turn: _Turn,
     ) -> bool:
         """Move protected files to where Alyx takes them, and register them there.
 
@@ -864,16 +889,16 @@ class Worker:
                     intent = replace(r, state=FileState.PLACING, move_to=target)
                     self.journal.write_files(row.id, [intent])
                     self.journal.durable()  # after a power cut the file is looked for at both ends
-                    moved = self._move(row, intent, blocked)
+                    moved = self._move(row, intent, turn)
                     placed += [moved] if moved else []
                 else:
                     placed.append(r)
             except NeedsHuman as error:
                 self.journal.write_files(row.id, [self._refused(r, error, None)])
             except OSError as error:
-                kept = _block(r, _of_disk(error, r.path, "write"), blocked)
+                kept = _block(r, _of_disk(error, r.path, "write"), turn)
                 self.journal.write_files(row.id, [kept])
-        placed = self._unwritten(row, placed, blocked)
+        placed = self._unwritten(row, placed, turn)
         if not placed:
             return True
         try:
@@ -884,7 +909,7 @@ class Worker:
             return self._refuse(row, session, placed, refusal)
         return True
 
-    def _move(self, row: SessionRow, intent: FileRow, blocked: _Blocked) -> FileRow | None:
+    def _move(self, row: SessionRow, intent: FileRow, turn: _Turn) -> FileRow | None:
         """Do a move that the journal has; None if the file could not be moved."""
         assert intent.move_to is not None
         try:
@@ -896,12 +921,12 @@ class Worker:
             return None
         except PathTaken as error:
             taken = TryLater(error.reason, hint=error.hint)
-            kept = _block(replace(intent, state=FileState.READY, move_to=None), taken, blocked)
+            kept = _block(replace(intent, state=FileState.READY, move_to=None), taken, turn)
         except NeedsHuman as error:
             kept = self._refused(replace(intent, move_to=None), error, None)
         except OSError as error:
             # the intent stays: the file may be at either end, or at both
-            kept = _block(intent, _of_disk(error, intent.path, "write"), blocked)
+            kept = _block(intent, _of_disk(error, intent.path, "write"), turn)
         else:
             return self._moved(row, intent)
         self.journal.write_files(row.id, [kept])
@@ -993,9 +1018,9 @@ def _is_named(row: FileRow, session: SessionPath, name: str) -> bool:
     )
 
 
-def _block(row: FileRow, error: TryLater, blocked: _Blocked) -> FileRow:
+def _block(row: FileRow, error: TryLater, turn: _Turn) -> FileRow:
     """Return a file as it waits for the next attempt of its session, and note what it waits for."""
-    blocked[row.path] = error
+    turn.blocked[row.path] = error
     return replace(row, reason=error.reason, hint=error.hint)
 
 

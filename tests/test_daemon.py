@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from regd.journal import Journal
+from regd import worker
+from regd.journal import FileRow, Journal
 from regd.model import FileState, SessionState
+from regd.service import Service
 from regd.status import report
-from tests.rig import DATASETS, Lab, Rig, idle, md5, until, write
+from tests.rig import DATASETS, Clock, Lab, Rig, idle, md5, until, write
 
 
 def assert_on_alyx(rig: Rig, folder: Path, number: int = 1) -> None:
@@ -442,3 +444,40 @@ def test_a_dataset_type_added_on_alyx_is_known_on_retry(rig: Rig) -> None:
         assert journal.retry(None) == 1
     rig.scan().close()
     assert_on_alyx(rig, folder)
+
+
+# --- turns ---------------------------------------------------------------------------------------
+
+
+def test_a_session_of_very_many_files_gives_way_to_others(
+    tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In hashing and in posting; and in each of its turns it gets on."""
+    monkeypatch.setattr(worker, "_TURN_S", 0.0)
+    rig = Rig(tmp_path, lab, register={"chunk_files": 1})
+    clock = Clock()
+
+    def is_registered(row: FileRow) -> bool:
+        return row.state is FileState.REGISTERED
+
+    def turns(service: Service) -> list[list[int]]:
+        """Return how many files each session has registered after each turn of one."""
+        service.scanner.scan(clock())
+        after = []
+        while service.step():
+            clock.sleep(0.001)
+            all_files = [service.journal.files(row.id) for row in service.journal.sessions()]
+            after.append([sum(map(is_registered, each.values())) for each in all_files])
+        return after
+
+    with rig.by_hand(clock) as service:
+        rig.record(1)
+        assert turns(service) == [[len(DATASETS)]]  # nobody else is due
+        for number in (2, 3):
+            rig.record(number)
+        progress = [sorted(counts)[:2] for counts in turns(service)]
+    assert progress[-1] == [len(DATASETS)] * 2
+    assert all(abs(one - other) <= 2 for one, other in progress)
+    assert len(progress) >= 2 * len(DATASETS) - 1
+    for number in (2, 3):
+        assert_on_alyx(rig, rig.folder(number), number)
