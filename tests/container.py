@@ -375,6 +375,7 @@ def main() -> None:
         sys.exit(f"this needs {', '.join(missing)}: apt install {' '.join(missing)}")
     if os.geteuid() != 0:
         sys.exit("this needs root: it makes a Debian, and containers")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # with all that is to be removed
     CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
     tag = f"localhost/regd-test:{os.getpid()}"
     folder = CACHE / f"run-{os.getpid()}"
