@@ -767,7 +767,8 @@ class Computer:
                 self._at(path).unlink(missing_ok=True)
                 self._made.pop(str(path), None)
             case MakeFolder(path):
-                self._at(path).mkdir(parents=True, exist_ok=True, mode=0o755)
+                self._at(path).mkdir(parents=True, exist_ok=True)
+                self._at(path).chmod(0o755)  # whatever root's umask is: the service reads there
             case RemoveFolder(path, patterns):
                 for file in (f for pattern in patterns for f in self._at(path).glob(pattern)):
                     file.unlink()

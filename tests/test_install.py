@@ -181,6 +181,16 @@ def test_all_is_put_in_place_and_a_second_run_has_nothing_to_do(computer: Preten
     assert files_below(computer.root) == before
 
 
+def test_the_service_can_read_its_settings_whatever_roots_umask_is(computer: Pretend) -> None:
+    before = os.umask(0o077)
+    try:
+        computer.install()
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(computer.at(path).stat().st_mode) for path in (FOLDER, CONFIG, TOKEN)]
+    assert modes == [0o755, 0o644, 0o600]
+
+
 def test_the_token_is_told_nowhere(computer: Pretend) -> None:
     steps = computer.plan()
     assert SECRET not in repr(steps)

@@ -34,7 +34,7 @@ class Listener:
         self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
         self._socket.setblocking(False)
         self.heard: list[str] = []
-        self.environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "300000"}
+        self.environ = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "600000"}
 
     def lines(self) -> list[str]:
         """Return all that was said until now, a variable a line."""
@@ -264,7 +264,7 @@ def test_a_worker_that_is_stuck_feeds_nobody(
         stuck = re.compile(f"STATUS=stuck for .* to be restarted: worker-. at {name}$")
         until(lambda: [line for line in systemd.lines() if stuck.match(line)])
         fed = systemd.fed()
-        service.stop.wait(1.0)  # three times as long as the watchdog waits
+        service.stop.wait(1.8)  # three times as long as the watchdog waits
         assert systemd.fed() == fed
         monkeypatch.undo()
         go_on.set()
@@ -283,15 +283,15 @@ def test_a_large_file_that_is_hashed_feeds_it(
         def slowly(size: int) -> None:
             nonlocal blocks
             blocks += 1
-            service.stop.wait(0.1)  # a slow disk; the watchdog waits for 0.3 s
+            service.stop.wait(0.1)  # a slow disk; the watchdog waits for 0.6 s
             read(size)
 
         monkeypatch.setattr(service.hasher, "on_read", slowly)
         folder = rig.folder()
-        write(folder / DATASETS[0], b"x" * 2**18 * 15)
+        write(folder / DATASETS[0], b"x" * 2**18 * 20)
         (folder / "create_me.flag").touch()
         until(lambda: rig.lab.sessions(rig.date) and rig.held())
-    assert blocks >= 15
+    assert blocks >= 20
     assert not [line for line in systemd.lines() if "stuck" in line]
 
 

@@ -27,7 +27,6 @@ from tests.rig import Lab
 from tests.rig import until as until_within
 from tests.systemd.container import (
     CACHE,
-    PROJECT,
     VENV,
     Container,
     booted,
@@ -115,12 +114,12 @@ class Rig:
                     found.append(event)
         return found
 
-    def drop_in(self, text: str) -> None:
-        """Write a drop-in of the service, and start it anew with that."""
+    def drop_in(self, name: str, *lines: str) -> None:
+        """Add lines to the service; they hold from its next start on."""
         folder = "/etc/systemd/system/regd.service.d"
-        self.sh(f"mkdir -p {folder}; printf '{text}' > {folder}/test.conf")
+        text = "\n".join(["[Service]", *lines])
+        self.sh(f"mkdir -p {folder}; echo '{text}' > {folder}/{name}.conf")
         self.systemctl("daemon-reload")
-        self.systemctl("restart", "regd")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +134,7 @@ def rig() -> Iterator[Rig]:
         wheels = folder / "wheels"
         wheels.mkdir()
         wheel(wheels)
-        binds = {home: HOME, wheels: "/wheels", PROJECT / "systemd": "/unit"}
+        binds = {home: HOME, wheels: "/wheels"}
         with booted(root, folder / "console", binds) as machine:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -149,30 +148,22 @@ def rig() -> Iterator[Rig]:
 
 
 def _install(rig: Rig) -> None:
+    """Do what docs/install.md says; only what makes the tests wait for less is added."""
     rig.sh(f"{VENV}/bin/pip install -q --no-index --no-deps /wheels/*.whl")
     rig.sh(
         f"useradd --home-dir {HOME} rig; chown rig:rig {HOME}; chmod 0750 {HOME};"
-        "useradd --system --shell /usr/sbin/nologin --groups rig regd;"
-        f"install -d -o rig -g rig -m 2775 {ROOT}"
+        f"install -d -o rig -g rig -m 2775 {ROOT};"
+        "useradd --system --shell /usr/sbin/nologin --groups rig regd"
     )
     start_alyx(rig)
     token = until(lambda: _token(rig))
-    settings = {
-        "data_root": ROOT,
-        "repository": rig.lab.repository,
-        "alyx": {"url": rig.lab.url, "username": rig.lab.username, "timeout_s": 2},
-        "settle": {"quiet_s": 1, "closed_quiet_s": 0.2},
-        "watch": {"observer": "inotify"},
-    }
     rig.sh(
-        f"install -d /etc/regd; echo '{json.dumps(settings)}' > /etc/regd/regd.yaml;"
-        f"(umask 077; echo {token} > /etc/regd/token);"
-        "install -m 0644 /unit/regd.service /etc/systemd/system/regd.service;"
-        "install -d /etc/systemd/system/regd.service.d;"
-        f"printf '[Service]\\nReadWritePaths={ROOT}\\n'"
-        " > /etc/systemd/system/regd.service.d/rig.conf"
+        f"umask 077; echo {token} > /root/token; {VENV}/bin/regd install --no-start"
+        f" --data-root {ROOT} --alyx-url {rig.lab.url} --username {rig.lab.username}"
+        f" --repository {rig.lab.repository} --token-file /root/token"
     )
-    rig.systemctl("daemon-reload")
+    quick = ["ALYX__TIMEOUT_S=2", "SETTLE__QUIET_S=1", "SETTLE__CLOSED_QUIET_S=0.2"]
+    rig.drop_in("quick", *(f"Environment=REGD_{setting}" for setting in quick))
 
 
 def _token(rig: Rig) -> str | None:
@@ -193,6 +184,11 @@ def start_alyx(rig: Rig) -> None:
 
 def is_active(rig: Rig) -> bool:
     return rig.service()["ActiveState"] == "active"
+
+
+def test_it_says_nothing_odd_of_the_rig(rig: Rig) -> None:
+    """`regd check`, as root and before the first start."""
+    print(rig.machine.run(f"{VENV}/bin/regd", "check", check=False))
 
 
 def test_it_starts_and_says_so(rig: Rig) -> None:
@@ -267,7 +263,7 @@ def test_it_returns_after_kill_9(rig: Rig) -> None:
 
 
 def test_a_wrong_setting_is_told_and_mended_without_a_hand(rig: Rig) -> None:
-    rig.sh("cp /etc/regd/regd.yaml /root/good; sed -i s/data_root/data_rot/ /etc/regd/regd.yaml")
+    rig.sh("cp /etc/regd/regd.yaml /root/good; sed -i s/^data_root/data_rot/ /etc/regd/regd.yaml")
     rig.machine.run("systemctl", "restart", "regd", check=False)
     until(lambda: "data_rot" in rig.status)
     assert not is_active(rig)
@@ -291,7 +287,8 @@ def large_recording(rig: Rig, number: int, seconds: float) -> Iterator[None]:
 
 
 def test_hashing_a_large_file_is_no_standstill(rig: Rig) -> None:
-    rig.drop_in(f"[Service]\\nWatchdogSec={WATCHDOG_S}\\n")
+    rig.drop_in("hasty", f"WatchdogSec={WATCHDOG_S}")
+    rig.systemctl("restart", "regd")
     restarts = rig.restarts
     began_at = time.monotonic()
     with large_recording(rig, 4, seconds=4 * WATCHDOG_S):
@@ -376,6 +373,11 @@ def test_a_frozen_process_is_restarted(rig: Rig) -> None:
     until(lambda: is_active(rig))
     rig.record(6)
     until(lambda: rig.is_done(6) and set(rig.held(6)) == {WHEEL})
+
+
+def test_lines_carry_their_priority(rig: Rig) -> None:
+    of = {line["PRIORITY"] for line in rig.log() if '"event": "alyx.away"' in str(line["MESSAGE"])}
+    assert of == {"4"}
 
 
 def test_all_of_it_is_registered_once(rig: Rig) -> None:
