@@ -237,12 +237,14 @@ def _for_people(stream: TextIO, clean: Processor) -> list[Processor]:
 def _for_machines(clean: Processor) -> list[Processor]:
     # Local variables stay out of tracebacks: they hold recorded paths at best, a token at worst.
     as_dicts = ExceptionDictTransformer(show_locals=False)
+    encoder = json.JSONEncoder(ensure_ascii=True, allow_nan=False)
     return [
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.ExceptionRenderer(as_dicts),
         clean,
         # ASCII alone: no stream refuses it, and no character in it is taken for a line's end.
-        structlog.processors.JSONRenderer(json.dumps, ensure_ascii=True, allow_nan=False),
+        # One encoder for all lines: json.dumps would make one for each.
+        structlog.processors.JSONRenderer(lambda event, **_: encoder.encode(event)),
         _short_json,
     ]
 

@@ -232,6 +232,7 @@ class Service:
         self._overflowed = False
         self._news = threading.Condition()
         self._news_count = 0
+        self._idle = threading.Event()  # set when a worker found nothing to do
         self._failed: BaseException | None = None
         self._steadiness = Steadiness()
         self._steadiness_lock = threading.Lock()
@@ -374,7 +375,8 @@ class Service:
                 # a session with a hash to come may wait for another attempt, because of other files
                 if not self.journal.is_unfinished() and not self.hasher.is_busy():
                     break
-                self.stop.wait(0.05)  # a person watches the bar; the workers do not wait for this
+                self._idle.wait(0.05)  # a person watches the bar
+                self._idle.clear()
         finally:
             self.stop.set()
             self._tell()
@@ -445,6 +447,7 @@ class Service:
             if self.step() if self.owner.holds else self._probe():
                 continue
             idle_s = self._idle_s()
+            self._idle.set()
             with self._news:
                 if self._news_count == seen:
                     with self.pulse.resting():
