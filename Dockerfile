@@ -1,13 +1,4 @@
-# regd in a container; compose.yaml runs it on trial, docs/container.md says more.
-#
-#   docker build -t regd .
-#   docker run -d --name regd --restart unless-stopped --stop-timeout 10 --user 1000:1000 \
-#     --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
-#     -v /data/recordings:/data -v regd-state:/var/lib/regd \
-#     -v /etc/regd/regd.yaml:/etc/regd/regd.yaml:ro \
-#     -v /etc/regd/token:/etc/regd/secrets/alyx__token:ro \
-#     regd
-#   docker exec regd regd status
+# regd in a container. docs/container.md says how to build and run it; compose.yaml runs it on trial.
 
 FROM python:3.13-slim AS build
 WORKDIR /src

@@ -27,11 +27,11 @@ PAGES = [PROJECT / name for name in ("README.md", "CHANGELOG.md", "bench/RESULTS
 PAGES += sorted(DOCS.glob("*.md"))
 
 # What a block may run as it is; all else is stood in for, or fails.
-HARMLESS = ("bash", "cat", "chmod", "cp", "grep", "head", "install", "ls", "mkdir", "rm", "tail")
-HARMLESS += ("sh", "tee", "touch")
+HARMLESS = ("bash", "cat", "chmod", "cp", "date", "grep", "head", "id", "ls", "mkdir", "rm", "sh")
+HARMLESS += ("tail", "tee", "touch")
 # Folders of the computer, which are moved below the test's own.
-_OUTSIDE = re.compile(r"(?<![\w.:/-])/(?=(?:etc|opt|var|data|tmp|usr|srv|run)/)")
-_ABSOLUTE = re.compile(r"(?<![\w.:/~-])(/[\w.-]+[\w./-]*)")
+_OUTSIDE = re.compile(r"(?<![\w.:)/-])/(?=(?:etc|opt|var|data|tmp|usr|srv|run)\b)")
+_ABSOLUTE = re.compile(r"(?<![\w.:)/~-])(/[\w.-]+[\w./-]*)")
 _PORT = re.compile(r"(?<=--port )\d+|(?<=port: )\d+|(?<=127\.0\.0\.1:)\d+|(?<=localhost:)\d+")
 
 

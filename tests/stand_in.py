@@ -22,7 +22,18 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-NAMES = ("docker", "journalctl", "make", "pip", "promtool", "python3", "regd", "ssh", "sudo")
+NAMES = (
+    "docker",
+    "install",
+    "journalctl",
+    "make",
+    "pip",
+    "promtool",
+    "python3",
+    "regd",
+    "ssh",
+    "sudo",
+)
 NAMES += ("systemctl", "useradd", "userdel")
 
 ROOT = Path(os.environ.get("FAKE_ROOT", "/nowhere"))  # nothing is there until a test says where
@@ -83,6 +94,14 @@ def userdel(arguments: list[str]) -> None:
         (RUN / "users" / name).unlink()
 
 
+def install(arguments: list[str]) -> None:
+    given, paths = options(arguments, "dm:o:g:")
+    mode = ["-m", given["-m"]] if "-m" in given else []
+    folder = ["-d"] if "-d" in given else []
+    # whose it is cannot be given away by everybody who runs tests
+    os.execvpe("install", ["install", *folder, *mode, *paths], {**os.environ, "PATH": os.defpath})
+
+
 def python3(arguments: list[str]) -> None:
     if arguments[:2] != ["-m", "venv"]:
         leave_to(PYTHON, *arguments)
@@ -121,7 +140,7 @@ def regd(arguments: list[str]) -> None:
     if name in ("run", "sandbox") or "--watch" in arguments:
         until_it_works(command)
     elif name in ("install", "uninstall"):
-        install([*command, "--root", str(ROOT)])
+        install_regd([*command, "--root", str(ROOT)])
     elif name in REPORTS:
         status = subprocess.run(command, check=False).returncode
         sys.exit(0 if status in REPORTS[name] else status)
@@ -129,7 +148,7 @@ def regd(arguments: list[str]) -> None:
         leave_to(*command)
 
 
-def install(command: list[str]) -> None:
+def install_regd(command: list[str]) -> None:
     """Have regd put its files below the test's folder, and do what it leaves out in an image."""
     if "uninstall" in command:
         stop()
@@ -246,58 +265,76 @@ def journalctl(arguments: list[str]) -> None:
 
 def docker(arguments: list[str]) -> None:
     verb, *rest = arguments
+    images, containers = RUN / "images", RUN / "containers"
+    images.mkdir(exist_ok=True)
+    containers.mkdir(exist_ok=True)
     if verb == "compose":
         compose(rest)
     elif verb == "build":
-        given, folders = options(rest, "t:f:", "tag=", "target=")
-        file = given.get("-f") or f"{' '.join(folders)}/Dockerfile"
-        if not Path(file).exists():
-            refuse(f"there is no {file}")
+        given, folders = options(rest, "t:")
+        if len(folders) != 1 or not (Path(folders[0]) / "Dockerfile").exists():
+            refuse(f"there is no Dockerfile in {folders}")
+        (images / given["-t"]).touch()
     elif verb == "run":
-        flags = ("detach", "rm", "read-only", "init")
-        values = ("name", "restart", "stop-timeout", "user", "tmpfs", "cap-drop", "cap-add")
-        values += ("security-opt", "network", "env", "volume", "publish", "memory")
-        # its own options end where the image stands
-        try:
-            _, rest = getopt.getopt(rest, "dv:p:e:u:it", [*flags, *(f"{v}=" for v in values)])
-        except getopt.GetoptError as error:
+        values = ("name=", "restart=", "stop-timeout=", "user=", "tmpfs=", "cap-drop=")
+        try:  # its own options end where the image stands
+            pairs, (image, *words) = getopt.getopt(
+                rest, "dv:p:e:", ["read-only", "init", "rm", "security-opt=", *values]
+            )
+        except (getopt.GetoptError, ValueError) as error:
             refuse(str(error))
-        if not rest:
-            refuse("name an image")
-    elif verb in ("logs", "stop", "start", "restart", "rm", "ps", "inspect"):
-        options(rest, "f", "follow", "format=")
-    elif verb == "exec":
-        container, program, *words = rest
-        if program != "regd":
-            refuse(f"there is no {program} in {container}")
-        leave_to(PYTHON, "-m", "regd", words[0], "--help")
+        if not (images / image).exists():
+            refuse(f"there is no image {image}")
+        for source in (value.split(":")[0] for name, value in pairs if name == "-v"):
+            if "/" in source and not Path(source).exists():
+                refuse(f"there is no {source}")
+        (containers / dict(pairs)["--name"]).touch()
+        if words:
+            leave_to(PYTHON, "-m", "regd", words[0], "--help")
+    elif verb in ("exec", "logs", "stop", "start", "restart", "rm", "inspect"):
+        container, *words = rest
+        if not (containers / container).exists():
+            refuse(f"there is no container {container}")
+        if verb == "exec":
+            inside(words)
     else:
         refuse(f"no command {verb}")
 
 
 def compose(arguments: list[str]) -> None:
-    try:
-        given, (verb, *rest) = getopt.getopt(arguments, "f:p:", ["file=", "project-directory="])
-    except getopt.GetoptError as error:
-        refuse(str(error))
-    files = [value for name, value in given if name in ("-f", "--file")]
-    for file in files or ["compose.yaml"]:
-        if not Path(file).exists():
-            refuse(f"there is no {file}")
-    if verb not in (
-        "up",
-        "down",
-        "logs",
-        "ps",
-        "build",
-        "stop",
-        "start",
-        "restart",
-        "exec",
-        "config",
-    ):
+    verb, *rest = arguments
+    file = Path("compose.yaml")
+    if not file.exists():
+        refuse(f"there is no {file}")
+    named = file.read_text().partition("\nservices:\n")[2]
+    services = re.findall(r"^  (\w+):$", named.partition("\nvolumes:\n")[0], re.M)
+    up = RUN / "up"
+    if verb == "up":
+        options(rest, "d", "detach", "build", "wait")
+        for source in re.findall(r"source: (\./\S+)", file.read_text()):
+            if not Path(source).is_dir():
+                refuse(f"there is no folder {source}")
+        up.touch()
+        return
+    if not up.exists():
+        refuse("nothing is up")
+    if verb == "exec":
+        service, *words = rest
+        if service not in services:
+            refuse(f"there is no service {service}, only {services}")
+        inside(words)
+    elif verb == "down":
+        options(rest, "v", "volumes")
+        up.unlink()
+    elif verb not in ("logs", "ps", "stop", "start", "restart"):
         refuse(f"no command {verb}")
-    options(rest, "dfvT", "detach", "build", "follow", "volumes", "wait")
+
+
+def inside(words: list[str]) -> NoReturn:
+    """Take a command for a container, where nothing is registered here: is there such a one?"""
+    if words[0] != "regd":
+        refuse(f"there is no {words[0]} in the image")
+    leave_to(PYTHON, "-m", *words, "--help")
 
 
 # --- programs beside regd ------------------------------------------------------------------------
