@@ -101,8 +101,10 @@ class _Inotify(InotifyFD):
                 stale = self._folders.keys() - seen
             self._unwatch(stale)
 
-    def _watch(self, path: bytes, above: int, name: bytes, seen: set[int]) -> Iterator[bytes]:
-        """Watch a folder and all below it; yield the paths of the files found.
+    def _watch(
+        self, path: bytes, above: int, name: bytes, seen: set[int]
+    ) -> Iterator[tuple[bytes, bool]]:
+        """Watch a folder and all below it; yield what is found, and whether it is a folder.
 
         What appears after the watch is set is an event, what was there before is listed: nothing
         is missed, and some things are told twice.
@@ -126,9 +128,9 @@ class _Inotify(InotifyFD):
             try:
                 with os.scandir(path) as listed:
                     for entry in listed:
-                        if not entry.is_dir(follow_symlinks=False):
-                            yield entry.path
-                        elif depth < _DEEPEST:
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        yield entry.path, is_folder
+                        if is_folder and depth < _DEEPEST:
                             todo.append((entry.path, descriptor, entry.name, depth + 1))
             except OSError:
                 continue  # gone, or not to be read: a scan says so
@@ -188,8 +190,9 @@ class _Inotify(InotifyFD):
         start = len(self._root) + 1
         with self._walking:
             seen: set[int] = set()
-            for inner in self._watch(self._root + b"/" + path, above, name, seen):
-                self._hints.put(Hint(os.fsdecode(inner[start:]), finished=moved))
+            for inner, is_folder in self._watch(self._root + b"/" + path, above, name, seen):
+                hint = Hint(os.fsdecode(inner[start:]), finished=moved, is_folder=is_folder)
+                self._hints.put(hint)
             self._moved_away -= seen
 
     def _move_away(self, above: int, name: bytes) -> None:
