@@ -99,6 +99,10 @@ _FILE_COLUMNS = (
 )
 
 
+_INDEXED = "state <> 'registered'"
+"""Of the index file_state: SQLite uses it only where a query says so in the same words."""
+
+
 def _session(row: Sequence[Any]) -> SessionRow:
     id_, folder, state, flagged, asked, eid, doubt, *rest = row
     return SessionRow(
@@ -320,7 +324,7 @@ class Journal:
                     commits = self._commits
                     wal = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
                 try:
-                    os.fsync(wal)
+                    os.fdatasync(wal)
                 finally:
                     os.close(wal)
             except FileNotFoundError:
@@ -903,11 +907,23 @@ class Journal:
         )
         return {row[0]: _file(row) for row in rows}
 
+    def has_unregistered(self, session: int) -> bool:
+        """Say whether any file of a session is known that Alyx has not, for whatever reason."""
+        return bool(
+            self._rows(
+                "SELECT 1 FROM file WHERE state IN ('settling', 'ready', 'placing', 'refused')"  # noqa: S608
+                f" AND {_INDEXED} AND session_id = ? LIMIT 1",
+                session,
+            )
+        )
+
     def is_settling(self, session: int) -> bool:
         """Say whether any file of a session is to be looked at again."""
         return bool(
             self._rows(
-                "SELECT 1 FROM file WHERE state = 'settling' AND session_id = ? LIMIT 1", session
+                f"SELECT 1 FROM file WHERE state = 'settling' AND {_INDEXED} AND session_id = ?"  # noqa: S608
+                " LIMIT 1",
+                session,
             )
         )
 
@@ -915,7 +931,7 @@ class Journal:
         """Return at most `limit` files that are ready to be registered; all of them if it is -1."""
         rows = self._rows(
             f"SELECT {_FILE_COLUMNS} FROM file"  # noqa: S608
-            " WHERE state = 'ready' AND session_id = ? ORDER BY path LIMIT ?",
+            f" WHERE state = 'ready' AND {_INDEXED} AND session_id = ? ORDER BY path LIMIT ?",
             session,
             limit,
         )
@@ -970,7 +986,7 @@ class Journal:
             hinted: Whether to return only those that a person can do something about.
         """
         # the index of those that are not registered is used only where SQLite sees that it may be
-        indexed = "" if FileState.REGISTERED in states else "AND file.state <> 'registered'"
+        indexed = "" if FileState.REGISTERED in states else f"AND file.{_INDEXED}"
         return [
             (row[0], _file(row[1:]))
             for row in self._rows(
@@ -1017,8 +1033,8 @@ class Journal:
             "SELECT count(*) FROM session WHERE state IN ('waiting', 'working')"
         )
         (files,) = self._rows(
-            "SELECT count(*) FROM file WHERE state IN ('settling', 'ready', 'placing')"
-            " AND state <> 'registered'"  # so that SQLite sees that the index will do
+            "SELECT count(*) FROM file WHERE state IN ('settling', 'ready', 'placing')"  # noqa: S608
+            f" AND {_INDEXED}"
         )
         return sessions[0], files[0]
 

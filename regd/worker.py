@@ -951,7 +951,8 @@ class Worker:
 
     def _unflag(self, row: SessionRow) -> None:
         """Remove the flag: Alyx has the session, and every file is registered or written down."""
-        self.journal.durable()
+        if self.journal.has_unregistered(row.id):  # of the others Alyx knows as much
+            self.journal.durable()
         try:
             removed = files.remove_flag(self.root, row.folder, self.settings.flag)
         except OSError as error:

@@ -269,6 +269,7 @@ class Effects:
             return -1
 
         os.mkdir, os.link, os.unlink, os.fsync = mkdir, link, unlink, fsync  # type: ignore[assignment]
+        os.fdatasync = fsync  # type: ignore[assignment]
         os.rename = rename  # type: ignore[assignment]
         libc = SimpleNamespace(
             renameat2=missing if self._plan.by_link else rename_or_fail,
