@@ -99,8 +99,8 @@ _FILE_COLUMNS = (
 )
 
 
-_INDEXED = "state <> 'registered'"
-"""Of the index file_state: SQLite uses it only where a query says so in the same words."""
+# SQLite sees that the index will do only if a query says so in the index's own words
+_BY_STATE = "INDEXED BY file_state WHERE state <> 'registered'"
 
 
 def _session(row: Sequence[Any]) -> SessionRow:
@@ -911,8 +911,9 @@ class Journal:
         """Say whether any file of a session is known that Alyx has not, for whatever reason."""
         return bool(
             self._rows(
-                "SELECT 1 FROM file WHERE state IN ('settling', 'ready', 'placing', 'refused')"  # noqa: S608
-                f" AND {_INDEXED} AND session_id = ? LIMIT 1",
+                f"SELECT 1 FROM file {_BY_STATE}"  # noqa: S608
+                " AND state IN ('settling', 'ready', 'placing', 'refused')"
+                " AND session_id = ? LIMIT 1",
                 session,
             )
         )
@@ -921,8 +922,8 @@ class Journal:
         """Say whether any file of a session is to be looked at again."""
         return bool(
             self._rows(
-                f"SELECT 1 FROM file WHERE state = 'settling' AND {_INDEXED} AND session_id = ?"  # noqa: S608
-                " LIMIT 1",
+                f"SELECT 1 FROM file {_BY_STATE}"  # noqa: S608
+                " AND state = 'settling' AND session_id = ? LIMIT 1",
                 session,
             )
         )
@@ -930,8 +931,8 @@ class Journal:
     def ready_files(self, session: int, limit: int) -> list[FileRow]:
         """Return at most `limit` files that are ready to be registered; all of them if it is -1."""
         rows = self._rows(
-            f"SELECT {_FILE_COLUMNS} FROM file"  # noqa: S608
-            f" WHERE state = 'ready' AND {_INDEXED} AND session_id = ? ORDER BY path LIMIT ?",
+            f"SELECT {_FILE_COLUMNS} FROM file {_BY_STATE}"  # noqa: S608
+            " AND state = 'ready' AND session_id = ? ORDER BY path LIMIT ?",
             session,
             limit,
         )
@@ -986,7 +987,7 @@ class Journal:
             hinted: Whether to return only those that a person can do something about.
         """
         # the index of those that are not registered is used only where SQLite sees that it may be
-        indexed = "" if FileState.REGISTERED in states else f"AND file.{_INDEXED}"
+        indexed = "" if FileState.REGISTERED in states else "AND file.state <> 'registered'"
         return [
             (row[0], _file(row[1:]))
             for row in self._rows(
@@ -1033,8 +1034,8 @@ class Journal:
             "SELECT count(*) FROM session WHERE state IN ('waiting', 'working')"
         )
         (files,) = self._rows(
-            "SELECT count(*) FROM file WHERE state IN ('settling', 'ready', 'placing')"  # noqa: S608
-            f" AND {_INDEXED}"
+            f"SELECT count(*) FROM file {_BY_STATE}"  # noqa: S608
+            " AND state IN ('settling', 'ready', 'placing')"
         )
         return sessions[0], files[0]
 

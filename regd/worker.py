@@ -72,6 +72,7 @@ _LOOK_S = 5.0  # between two looks for a session whose creation may be on its wa
 _WRITES_FAIL = 3  # sessions, with none that Alyx took anything of in between: it is not their fault
 _FLUSH_S = 2.0  # hashes are written down at least this often
 _HASHING = "it is being hashed"
+_TOGETHER_S = 0.01  # files that were written so shortly after one another go in one request
 _TURN_S = 30.0  # after which a session gives way to others that are due
 _HASHED_S = 60.0  # the hasher says when it has done a file; this is how long that is believed
 _log = get_logger()
@@ -422,7 +423,8 @@ class Worker:
         if wait_s is None:
             return _Next(SessionState.DONE)
         reason = "files are being written, or hashed"
-        return _Next(SessionState.WAITING, self.now() + wait_s, reason=reason)
+        due_at = self.now() + wait_s + _TOGETHER_S
+        return _Next(SessionState.WAITING, due_at, reason=reason)
 
     def _gone(self, row: SessionRow) -> _Next:
         """Say what becomes of a session whose folder is not there."""
