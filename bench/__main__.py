@@ -1,4 +1,4 @@
-"""`python -m bench`: measure, print the table, and keep it in RESULTS.md."""
+"""`python -m bench`: measure, print the table, and keep its lines in RESULTS.md."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def main() -> int:
     _show(lines, title)
     if failed:
         print(f"not measured, see above: {', '.join(failed)}", file=sys.stderr)
-    elif asked.quick or set(chosen) != set(PARTS):
-        print(f"{RESULTS.name} is left as it is: not everything was measured at full size")
+    elif asked.quick:
+        print(f"{RESULTS.name} is left as it is: nothing was measured at full size")
     else:
         _keep(lines, folder)
     return 1 if failed else 0
@@ -113,28 +113,49 @@ def _show(lines: list[Line], title: str | None) -> None:
 
 
 def _keep(lines: list[Line], folder: Path) -> None:
-    """Replace the table in RESULTS.md; what people wrote below it stays."""
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_row, lines)]
-    table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
-    notes = [f"- {line.what}: {line.note}" for line in lines if line.note]
-    made = "\n".join(
-        ["<!-- table -->", _machine(folder), "", *table, "", *notes, "<!-- /table -->"]
-    )
+    """Put what was measured into RESULTS.md, in place of what it holds of the same."""
     text = RESULTS.read_text()
-    RESULTS.write_text(
-        re.sub(r"<!-- table -->.*<!-- /table -->", lambda _: made, text, flags=re.DOTALL)
-    )
+    old = _between(text, "table").splitlines()
+    head = f"| {' | '.join((*_COLUMNS, 'when'))} |"
+    rows = {row.split(" | ")[0]: row for row in old if row.startswith("| ") and row != head}
+    notes = {note.split(": ")[0]: note for note in _between(text, "notes").splitlines()}
+    when = f"{datetime.date.today().isoformat()}, {_commit()}"
+    for line in lines:
+        cells = [cell.replace("|", chr(92) + "|") for cell in (*_row(line), when)]
+        rows[f"| {cells[0]}"] = f"| {' | '.join(cells)} |"
+        notes.pop(f"- {line.what}", None)
+        if line.note:
+            notes[f"- {line.what}"] = f"- {line.what}: {line.note}"
+    rule = "|" + "---|" * (len(_COLUMNS) + 1)
+    for name, made in (
+        ("machine", [_machine(folder)]),
+        ("table", [head, rule, *rows.values()]),
+        ("notes", [*notes.values()]),
+    ):
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, after = rest.partition(f"<!-- /{name} -->")
+        text = "\n".join([f"{before}<!-- {name} -->", *made, f"<!-- /{name} -->{after}"])
+    RESULTS.write_text(text)
+
+
+def _between(text: str, name: str) -> str:
+    found = re.search(f"(?<=<!-- {name} -->).*(?=<!-- /{name} -->)", text, re.DOTALL)
+    if not found:
+        raise ValueError(f"{RESULTS} has no place for the {name}")
+    return found[0]
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(HERE), "describe", "--always"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "?"
 
 
 def _machine(folder: Path) -> str:
-    """Return the date and what the figures were measured on."""
+    """Return what the figures were measured on."""
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return (
-        f"{datetime.date.today().isoformat()}, regd {__version__} ({commit or 'no commit'}): "
-        f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
+        f"regd {__version__} on {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
         f"{memory / 1e9:.0f} GB of memory, Linux {platform.release()}, "
         f"Python {platform.python_version()}, {_file_system(folder)}."
     )
