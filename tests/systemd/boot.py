@@ -259,7 +259,8 @@ def test_it_returns_after_kill_9(rig: Rig) -> None:
     rig.record(3)
     rig.sh(f"kill -9 {before['MainPID']}")
     until(lambda: is_active(rig) and rig.restarts == int(before["NRestarts"]) + 1)
-    until(lambda: rig.is_done(3) and set(rig.held(3)) == {WHEEL})
+    # what was on its way to Alyx just then is waited for, 75 s
+    until(lambda: rig.is_done(3) and set(rig.held(3)) == {WHEEL}, 120)
 
 
 def test_a_wrong_setting_is_told_and_mended_without_a_hand(rig: Rig) -> None:
