@@ -21,7 +21,7 @@ def start(bench: Bench) -> Iterator[Line]:
             lambda: run([*REGD, "--help"], log).took_s,
             lambda: run(python, log).took_s,
         )
-        yield Line("`regd --help`", s(ours), f"python: {s(theirs)}", ours, 0.3, "s")
+        yield Line("regd with `--help`", s(ours), f"python: {s(theirs)}", ours, 0.3, "s")
         peaks = [run([sys.executable, "-c", daemon], log).peak_bytes for _ in range(bench.runs)]
         bare = run(python, log).peak_bytes
         yield Line(

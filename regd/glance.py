@@ -139,7 +139,7 @@ def in_words(session: Facts, away: Facts | None) -> str:
         case "parked":
             return "needs you"
     if away:
-        return "waits for the data folder" if away["kind"] == "root" else "waits for Alyx"
+        return f"waits for {waits_for(away)}"
     if session["hint"] is not None:  # it failed
         return f"tried again: {session['reason']}"
     if session["reason"]:
@@ -190,6 +190,30 @@ def commands(hint: str) -> list[str]:
     return [command.strip() for command in _COMMAND.findall(hint)]
 
 
+_WAITS_FOR = {
+    "alyx": "Alyx",
+    "credentials": "credentials that Alyx takes",
+    "root": "the data folder",
+    "owner": "another regd to be gone",
+}
+_AWAY = {
+    "alyx": "Alyx away",
+    "credentials": "Alyx refuses the credentials",
+    "root": "data folder away",
+    "owner": "waits for another regd to be gone",
+}
+
+
+def waits_for(away: Facts) -> str:
+    """Return what all work waits for."""
+    return _WAITS_FOR[away["kind"]]
+
+
+def is_away(away: Facts) -> str:
+    """Return that, as what is the matter."""
+    return _AWAY[away["kind"]]
+
+
 def count(number: int, noun: str) -> str:
     """Return '1 file', '2 files', '12,000 files'."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -220,14 +244,6 @@ class Situation:
     doing: str = "watching"
 
 
-_AWAY = {
-    "alyx": "Alyx away",
-    "credentials": "Alyx refuses the credentials",
-    "root": "data folder away",
-    "owner": "waits for another regd to be gone",
-}
-
-
 def in_one_line(situation: Situation, now: float) -> str:
     """Return a situation in one line for people: ``3 sessions waiting, Alyx away since 14:02``.
 
@@ -252,8 +268,7 @@ def in_one_line(situation: Situation, now: float) -> str:
     if s.people:
         parts.append(f"{s.people} {'needs' if s.people == 1 else 'need'} a person: regd status")
     if s.away is not None:
-        what = _AWAY.get(s.away["kind"]) or s.away["reason"]
-        parts.append(f"{what} since {_clock_time(s.away['since'], now)}")
+        parts.append(f"{is_away(s.away)} since {_clock_time(s.away['since'], now)}")
     else:
         parts.append(s.doing)
     return ", ".join(parts)

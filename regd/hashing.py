@@ -7,7 +7,7 @@ import heapq
 import itertools
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,11 +105,12 @@ class Hasher:
         with self._news:
             return bool(self._jobs)
 
-    def forget(self, folder: str) -> None:
-        """Drop all files below a folder: nobody asks for them any more."""
+    def forget(self, folder: str, but: Collection[str] = ()) -> None:
+        """Drop all files below a folder, but for some of them: nobody asks for them any more."""
         with self._news:
             for relative in [r for r in self._jobs if r.startswith(f"{folder}/")]:
-                self._drop(self._jobs[relative])
+                if relative.removeprefix(f"{folder}/") not in but:
+                    self._drop(self._jobs[relative])
 
     def close(self) -> None:
         """End the threads; what was not done is lost."""

@@ -196,11 +196,14 @@ def gather(
         from_one or ("alyx.url" not in values and asker is not None and asker.confirm(_offer(one)))
     ):
         values.setdefault("alyx.url", one.url)
-        if one.username and values["alyx.url"].rstrip("/") == one.url.rstrip("/"):
+        # what is of one Alyx goes to no other
+        is_its = values["alyx.url"].rstrip("/") == one.url.rstrip("/")
+        if is_its and one.username:
             values.setdefault("alyx.username", one.username)
         is_missing = token is None and not has_token and one.username == values.get("alyx.username")
         if (
-            is_missing
+            is_its
+            and is_missing
             and one.token
             and (from_one or (asker and asker.confirm("Take over the token that ONE has, too?")))
         ):

@@ -733,8 +733,12 @@ class Journal:
                 self._happened(session, Happening.RESUMED)
         return len(sessions)
 
-    def forget(self, session: int) -> None:
+    def forget(self, session: int, *, is_gone: bool = False) -> None:
         """Forget a session with its files and its history.
+
+        Args:
+            session: Its id.
+            is_gone: Whether its folder is surely no longer there, and with it all that is moved.
 
         Raises:
             NeedsHuman: It is in work, or one of its files is being moved: only the journal knows
@@ -747,9 +751,10 @@ class Journal:
             if state == SessionState.WORKING:
                 hint = "wait until regd has done with it, or stop regd"
                 raise NeedsHuman(f"{folder} is being worked on", hint=hint)
-            if moving := db.execute(
+            moving = db.execute(
                 "SELECT path FROM file WHERE session_id = ? AND state = 'placing'", (session,)
-            ).fetchone():
+            ).fetchone()
+            if moving and not is_gone:
                 raise NeedsHuman(
                     f"the move of {folder}/{moving[0]} into a revision folder has not ended, and"
                     " only the journal knows of it",
@@ -1048,12 +1053,12 @@ class Journal:
         return since
 
     def is_unfinished(self) -> bool:
-        """Say whether any session is in work, or waits for something other than another attempt."""
+        """Say whether any session is in work, is due, or waits but not for another attempt."""
         query = (
-            "SELECT EXISTS (SELECT 1 FROM session"
-            " WHERE state = 'working' OR (state = 'waiting' AND attempt = 0))"
+            "SELECT EXISTS (SELECT 1 FROM session WHERE state = 'working'"
+            " OR (state = 'waiting' AND (attempt = 0 OR due_at <= ?)))"
         )
-        return bool(self._rows(query)[0][0])
+        return bool(self._rows(query, self._now())[0][0])
 
     def counts(self) -> tuple[dict[SessionState, int], dict[FileState, int]]:
         """Return how many sessions and how many files are in each state."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from regd.errors import InvalidInput, NeedsHuman, printable
+from regd.errors import DataRootAway, InvalidInput, NeedsHuman, printable
 from regd.journal import UNKNOWN_OUTCOME_S, Journal, SessionRow
 from regd.paths import Ignored, session_depth
 from regd.settings import Settings
@@ -114,8 +114,19 @@ def forget(settings: Settings, journal: Journal, name: str, *, force: bool) -> s
     if row is None:
         journal.forget_stray(path)
     else:
-        journal.forget(row.id)
+        journal.forget(row.id, is_gone=_is_gone(settings, journal, path))
     return path
+
+
+def _is_gone(settings: Settings, journal: Journal, path: str) -> bool:
+    """Say whether a session's folder is surely no longer there, and its disk is."""
+    if settings.data_root is None or os.path.lexists(settings.data_root / path):
+        return False
+    try:
+        check_root(settings.data_root, journal)
+    except DataRootAway:
+        return False
+    return True
 
 
 def stays(settings: Settings, path: str) -> bool:

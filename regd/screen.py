@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regd.errors import RegdError, printable
+from regd.glance import count, is_away, waits_for
 
 Report = dict[str, Any]
 _STYLES = {"done": "green", "parked": "bold red", "held": "yellow"}
@@ -24,11 +25,6 @@ _STYLES = {"done": "green", "parked": "bold red", "held": "yellow"}
 def escape(text: str) -> str:
     """Return a text from elsewhere as it may be shown, whatever a file is called."""
     return escape_markup(printable(text))
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural where that is due."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def line(markup: str) -> Text:
@@ -119,9 +115,8 @@ def _headline(facts: Report) -> Text:
         return Text(f"{needs} a person, see below", "bold red")
     if away:
         since = when(away["since"], facts["at"])
-        where = "the data folder" if away["kind"] == "root" else "Alyx"
         waits = f": {count(waiting, 'session')} wait" + ("s" if waiting == 1 else "")
-        return Text(f"{where} away since {since}{waits if waiting else ''}", "bold yellow")
+        return Text(f"{is_away(away)} since {since}{waits if waiting else ''}", "bold yellow")
     if not facts["daemon"]["running"]:
         start = "sudo systemctl start regd"
         return Text(
@@ -226,8 +221,7 @@ def _state(session: Report, facts: Report) -> str:
     if state == "working":
         return f"in work since {since}"
     if away:
-        where = "the data folder" if away["kind"] == "root" else "Alyx"
-        return f"waits for {where} since {since}"
+        return f"waits for {waits_for(away)} since {since}"
     if session["hint"] is not None:  # it failed
         return f"failed, again at {when(session['due_at'], facts['at'])}"
     written = session["files"].get("settling", 0)
@@ -238,8 +232,7 @@ def _waits(facts: Report) -> Iterable[Report]:
     """Yield what waits by itself, for what, and since when, as `problems` are."""
     at, away = facts["at"], facts["away"]
     if away and away["kind"] in ("alyx", "root"):
-        where = "the data folder" if away["kind"] == "root" else "Alyx"
-        what = f"{where} away since {when(away['since'], at)}"
+        what = f"{is_away(away)} since {when(away['since'], at)}"
         hint = away["hint"] or "nothing: regd goes on when it is back"
         yield {"what": what, "reason": away["reason"], "hint": hint}
     else:
@@ -445,9 +438,7 @@ def retried(number: int, running: bool, away: Report | None) -> Text:
     if not running:
         then = "regd does not run; start it: sudo systemctl start regd; or, once: regd scan"
     elif away:
-        then = (
-            f"regd goes on when {'the data folder' if away['kind'] == 'root' else 'Alyx'} is back"
-        )
+        then = f"regd waits for {waits_for(away)}"
     else:
         then = "regd is at it; see: regd status"
     return Text(f"{count(number, 'session')} put back to work: {then}", overflow="ignore")

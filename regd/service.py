@@ -137,7 +137,7 @@ def lock(state_dir: Path) -> Iterator[None]:
 
 
 def unfinished(journal: Journal) -> bool:
-    """Say whether any session is in work, or waits for something other than another attempt."""
+    """Say whether any session is in work, is due, or waits but not for another attempt."""
     return journal.is_unfinished()
 
 

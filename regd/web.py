@@ -8,7 +8,6 @@ import datetime
 import ipaddress
 import json
 import socket
-import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,7 +25,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from regd import __version__
-from regd.errors import RegdError
 from regd.glance import glance
 from regd.journal import FILE_NAME, Journal
 from regd.logs import get_logger
@@ -444,7 +442,7 @@ class _Server(uvicorn.Server):
                 self._reporter.step()
                 told = ""
                 self._in_loop(self._news.tell, self._reporter.latest, time.time())
-            except (RegdError, OSError, sqlite3.Error) as error:
+            except Exception as error:  # whatever it is, the page says that it is old
                 if str(error) != told and not self._ended.is_set():
                     told = str(error)
                     hint = getattr(error, "hint", "")

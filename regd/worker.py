@@ -423,7 +423,7 @@ class Worker:
         if wait_s is None:
             return _Next(SessionState.DONE)
         reason = "files are being written, or hashed"
-        due_at = self.now() + wait_s + _TOGETHER_S
+        due_at = self.now() + (wait_s and wait_s + _TOGETHER_S)
         return _Next(SessionState.WAITING, due_at, reason=reason)
 
     def _gone(self, row: SessionRow) -> _Next:
@@ -553,7 +553,9 @@ class Worker:
         with files.open_folder(self.root, row.folder) as top:
             # elsewhere they are of another computer's clock, which may be wrong
             stamped_here = files.is_local(top)
-            for found in self._list(top, row.folder):
+            listed = list(self._list(top, row.folder))
+            turn.ends_at = self.clock() + _TURN_S  # a folder that is slow to list has its turn, too
+            for found in listed:
                 key = found.path if is_utf8(found.path) else printable(found.path)
                 seen.add(key)
                 if found.kind in ("unreadable", "failing"):
@@ -578,6 +580,7 @@ class Worker:
                 if self.clock() - flushed_at > _FLUSH_S:
                     self.journal.write_files(row.id, rows)
                     rows, flushed_at = [], self.clock()
+        self.hasher.forget(row.folder, but=seen)
         gone = []
         for path, old in known.items():
             # what was registered stays known: the rig may be cleared, a mount may come back
@@ -757,7 +760,8 @@ class Worker:
             except (AlyxAway, AlyxFault):
                 self.journal.set_doubt(row.id, True)
                 raise
-            if self._gives_way(turn):
+            # not in doubt: the next turn would post again what is registered of a chunk refused
+            if not doubt and self._gives_way(turn):
                 return False
 
     def _gives_way(self, turn: _Turn) -> bool:

@@ -541,6 +541,9 @@ def test_from_one_asks_nobody_and_goes_below_what_is_given() -> None:
     assert token is None, "it is another user's"
     _, token = gather(given, has_token=True, found=ONE, from_one=True)
     assert token is None, "there is one already"
+    elsewhere = {"alyx.url": "https://other.example.org", "alyx.username": "rig_user"}
+    _, token = gather({**given, **elsewhere}, found=ONE, from_one=True)
+    assert token is None, "it is another Alyx's"
 
 
 def test_one_is_not_taken_over_unasked() -> None:

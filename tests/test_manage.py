@@ -183,3 +183,18 @@ def test_what_only_the_journal_knows_is_not_forgotten(settings: Settings, journa
         manage.forget(settings, journal, ONE, force=True)
     journal.write_files(row.id, [moving])
     manage.forget(settings, journal, ONE, force=True)
+
+
+def test_a_move_whose_folder_is_gone_is_forgotten_with_it(
+    settings: Settings, journal: Journal
+) -> None:
+    write(root(settings) / "another/2020-01-01/001/x", b"x")  # its disk is there
+    row = journal.claim()
+    assert row
+    placing = FileRow(
+        "x", FileState.PLACING, Signature(1, 1), move_to="#r#/x", reason="r", hint="h"
+    )
+    journal.write_files(row.id, [placing])
+    journal.release(row.id, SessionState.DONE)
+    assert manage.forget(settings, journal, ONE, force=False) == ONE
+    assert ONE not in {row.folder for row in journal.sessions()}
