@@ -204,5 +204,6 @@ def test_a_change_in_a_session_that_alyx_no_longer_has_holds_it(rig: Rig, sandbo
         (row,) = journal.sessions()
     assert "no longer has this session" in (row.reason or "")
     (folder / rig.settings.flag).touch()
+    time.sleep(rig.settings.retry.longest_s)  # a scan does not wait for the next attempt
     rig.scan().close()
     assert set(rig.held()) == set(DATASETS)
