@@ -136,7 +136,7 @@ def _headline(facts: Report) -> Text:
             said = f"all {sessions} sessions of today are registered"
     else:
         is_are = "is" if today["done"] == 1 else "are"
-        said = f"{today['done']} of {count(sessions, 'session')} of today {is_are} registered"
+        said = f"{today['done']:,} of {count(sessions, 'session')} of today {is_are} registered"
     return Text(f"All is well: {said}", "bold green")
 
 

@@ -190,7 +190,7 @@ def test_a_thousand_sessions(place: Place) -> None:
             place.session(number % 500 + 1, DONE, files(2), subject=subject)
         place.session(501, WAITING, due_at=NOW, reason="files are being written")
     lines = shown(screen.status(place.report(), screen.Most(today=5)))
-    assert lines[0] == "All is well: 1000 of 1001 sessions of today are registered"
+    assert lines[0] == "All is well: 1,000 of 1,001 sessions of today are registered"
     today = lines[lines.index("Today, 2023-11-14") + 1 :]
     assert len(today) == 6
     assert today[0].startswith("  mouse/2023-11-14/501"), "what is not done stays on the screen"
