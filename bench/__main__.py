@@ -118,19 +118,19 @@ def _keep(lines: list[Line], folder: Path) -> None:
     old = _between(text, "table").splitlines()
     head = f"| {' | '.join((*_COLUMNS, 'when'))} |"
     rows = {row.split(" | ")[0]: row for row in old if row.startswith("| ") and row != head}
-    notes = {note.split(": ")[0]: note for note in _between(text, "notes").splitlines()}
+    notes = [note for note in _between(text, "notes").splitlines() if note]
     when = f"{datetime.date.today().isoformat()}, {_commit()}"
     for line in lines:
         cells = [cell.replace("|", chr(92) + "|") for cell in (*_row(line), when)]
         rows[f"| {cells[0]}"] = f"| {' | '.join(cells)} |"
-        notes.pop(f"- {line.what}", None)
+        notes = [note for note in notes if not note.startswith(f"- {line.what}: ")]
         if line.note:
-            notes[f"- {line.what}"] = f"- {line.what}: {line.note}"
+            notes.append(f"- {line.what}: {line.note}")
     rule = "|" + "---|" * (len(_COLUMNS) + 1)
     for name, made in (
         ("machine", [_machine(folder)]),
         ("table", [head, rule, *rows.values()]),
-        ("notes", [*notes.values()]),
+        ("notes", notes),
     ):
         before, _, rest = text.partition(f"<!-- {name} -->")
         _, _, after = rest.partition(f"<!-- /{name} -->")
