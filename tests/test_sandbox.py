@@ -435,6 +435,26 @@ def test_the_command_says_who_may_log_in_and_stops_when_told() -> None:
     assert "not a database to keep data in" in said
 
 
+def test_who_goes_away_in_the_middle_of_a_request_is_no_fault() -> None:
+    command = [sys.executable, "-m", "regd", "sandbox", "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = next(
+            word for line in process.stdout for word in line.split() if word.startswith("http://")
+        )
+        url = url.rstrip("/.,")
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        for _ in range(5):
+            with socket.create_connection(address) as gone:
+                head = "POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n"
+                gone.sendall(f"{head}{{".encode())
+        assert httpx.get(f"{url}/data-formats").status_code == 403
+        process.terminate()
+        assert "Traceback" not in process.stdout.read()
+
+
 def test_no_name_fits_two_types_of_the_built_in_lab() -> None:
     with Server() as server:
         types = server.store.find("datasettype")

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlencode
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -406,7 +406,10 @@ def make_app(
     """The ASGI application. `seen` is told method, path and status of each request."""
 
     async def handle(request: Request) -> Response:
-        response = await _respond(store, throttle, request)
+        try:
+            response = await _respond(store, throttle, request)
+        except ClientDisconnect:  # in the middle of what it sent: nobody waits for an answer
+            return Response(status_code=400)
         if seen is not None:
             seen(request.method, request.url.path, response.status_code)
         return response
