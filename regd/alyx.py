@@ -17,6 +17,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from pydantic import TypeAdapter
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from regd.settings import Settings
 
 _log = get_logger()
-Params = Mapping[str, Any] | list[tuple[str, str]]
+Params = Mapping[str, Any] | list[tuple[str, Any]]
 
 _PAGE = 1000  # Alyx's own maximum
 _MOST_PAGES = 1000
@@ -63,6 +64,11 @@ _BLIP_FIRST_S = 0.25
 _BLIP_LONGEST_S = 60.0  # as long as a minute's rate limit can ask for
 _REFUSED_S = 10.0  # a password that was refused is not sent again sooner: accounts get locked
 _NO_CREDENTIALS = ("Authentication credentials", "Invalid token", "User inactive")
+_HEADERS = {
+    "User-Agent": f"regd/{__version__}",
+    "Accept": "application/json",
+    "Accept-Encoding": "gzip, deflate",
+}
 _PROTECTED = "One or more datasets is protected"
 
 
@@ -179,16 +185,26 @@ class AlyxClient:
         self._clock = clock
         self._longest_s = _LONGEST_ANSWER * timeout_s
         self._limit = RateLimit(requests_per_minute, clock=clock, sleep=sleep)
-        self._sleep = sleep
         self._chance = chance
-        # httpx takes an address apart at each request, which takes as long as to send it
-        self._url = lru_cache(maxsize=1024)(lambda path: httpx.URL(self.base_url + path))
-        self._http = httpx.Client(
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
+        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0))
+        self._extensions = {"timeout": timeout.as_dict()}
+        # not an httpx.Client: its cookies, redirects and logins are of no use here, and take as
+        # long as the request itself
+        self._transport = transport or httpx.HTTPTransport(
             verify=_trust(ca_file),
-            transport=transport,
-            headers={"User-Agent": f"regd/{__version__}", "Accept": "application/json"},
             limits=httpx.Limits(max_connections=32, max_keepalive_connections=32),
+            proxy=_proxy(self.base_url),
+        )
+        self._reading, self._writing = (
+            Retrying(
+                before_sleep=_tell_retry,
+                sleep=sleep,
+                stop=stop_after_attempt(_BLIP_ATTEMPTS),
+                wait=self._blip_s,
+                retry=retry_if_exception(again),
+                reraise=True,
+            )
+            for again in (_is_blip, _is_blip_before_any_effect)
         )
 
     @classmethod
@@ -250,7 +266,7 @@ class AlyxClient:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._transport.close()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -427,36 +443,14 @@ class AlyxClient:
         params: Params | None = None,
         json: Mapping[str, Any] | None = None,
     ) -> Any:
-        def again(error: BaseException) -> bool:
-            if not isinstance(error, AlyxAway):
-                return False
-            if error.after_s is not None and error.after_s > _BLIP_LONGEST_S:
-                return False
-            return method == "GET" or not isinstance(error, AlyxOdd)
-
-        def wait_s(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            asked_s = error.after_s if isinstance(error, AlyxAway) else None
-            jittered_s = backoff_s(
-                state.attempt_number, _BLIP_FIRST_S, _BLIP_LONGEST_S, self._chance
-            )
-            return max(asked_s or 0.0, jittered_s)
-
-        def tell(state: RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome else None
-            wait_s = round(state.upcoming_sleep, 2)
-            # at debug: an outage is told once, by whoever finds that it is one
-            _log.debug("request.retried", reason=str(error), wait_s=wait_s)
-
-        retrying = Retrying(
-            before_sleep=tell,
-            sleep=self._sleep,
-            stop=stop_after_attempt(_BLIP_ATTEMPTS),
-            wait=wait_s,
-            retry=retry_if_exception(again),
-            reraise=True,
-        )
+        retrying = self._reading if method == "GET" else self._writing
         return retrying(self._once, method, path, params, json)
+
+    def _blip_s(self, state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        asked_s = error.after_s if isinstance(error, AlyxAway) else None
+        jittered_s = backoff_s(state.attempt_number, _BLIP_FIRST_S, _BLIP_LONGEST_S, self._chance)
+        return max(asked_s or 0.0, jittered_s)
 
     def _once(
         self,
@@ -495,6 +489,7 @@ class AlyxClient:
         method: str,
         path: str,
         *,
+        params: Params | None = None,
         token: str | None = None,
         look: Callable[[httpx.Response], None] = lambda _: None,
         **content: Any,
@@ -505,15 +500,20 @@ class AlyxClient:
             AlyxAway: No whole answer came.
         """
         self._limit.wait()
-        headers = {"Authorization": f"Token {token}"} if token else {}
-        content = {key: value for key, value in content.items() if value is not None}
+        headers = {**_HEADERS, "Authorization": f"Token {token}"} if token else _HEADERS
         where = f"{method} {self.base_url}{path}"
+        query = f"?{httpx.QueryParams(params)}" if params else ""
         began_at = self._clock()
+        late_at = began_at + self._longest_s
         whole = None
         self._pulse.beat()
         try:
-            late_at = began_at + self._longest_s
-            with self._http.stream(method, self._url(path), headers=headers, **content) as answer:
+            url = _parsed(f"{self.base_url}{path}{query}")
+            request = httpx.Request(
+                method, url, headers=headers, extensions=self._extensions, **content
+            )
+            with contextlib.closing(self._transport.handle_request(request)) as answer:
+                answer.request = request
                 look(answer)
                 whole = _whole(answer, lambda: self._clock() > late_at, self._pulse.beat)
                 return whole
@@ -531,13 +531,11 @@ class AlyxClient:
             raise InvalidInput(f"{where} cannot be sent: {error}") from None
         finally:
             self._pulse.beat()
-            self.counts.requested(
-                method,
-                path,
-                None if whole is None else whole.status_code,
-                self._clock() - began_at,
-                good=whole is not None and _is_alyx(whole),
-            )
+            status = None if whole is None else whole.status_code
+            took_s = self._clock() - began_at
+            good = whole is not None and _is_alyx(whole)
+            self.counts.requested(method, path, status, took_s, good=good)
+            _log.debug("request.sent", method=method, path=path, status=status, took_s=took_s)
 
     # --- credentials -----------------------------------------------------------------------------
 
@@ -572,6 +570,29 @@ class AlyxClient:
                 raise AlyxAway(f"{self.base_url}/auth-token answered without a token")
             login.token = token
             return token
+
+
+@lru_cache(maxsize=64)
+def _parsed(address: str) -> httpx.URL:
+    return httpx.URL(address)
+
+
+def _is_blip(error: BaseException) -> bool:
+    """Say whether time mends an error within seconds."""
+    if not isinstance(error, AlyxAway):
+        return False
+    return error.after_s is None or error.after_s <= _BLIP_LONGEST_S
+
+
+def _is_blip_before_any_effect(error: BaseException) -> bool:
+    """Say the same where a request must not take effect twice."""
+    return _is_blip(error) and not isinstance(error, AlyxOdd)
+
+
+def _tell_retry(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    # at debug: an outage is told once, by whoever finds that it is one
+    _log.debug("request.retried", reason=str(error), wait_s=round(state.upcoming_sleep, 2))
 
 
 # --- what an answer means ------------------------------------------------------------------------
@@ -836,6 +857,22 @@ def _connection_hint(error: BaseException) -> str:
     if cause.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, …_IP_ADDRESS_MISMATCH
         return "set alyx.url to the name that Alyx's certificate is for, then restart regd"
     return "if it is the lab's own certificate: name its file in alyx.ca_file, then restart regd"
+
+
+def _proxy(url: str) -> httpx.Proxy | None:
+    """Return the proxy that the environment names for an address (HTTPS_PROXY, NO_PROXY)."""
+    parts = urlsplit(url)
+    proxies = getproxies()
+    address = proxies.get(parts.scheme) or proxies.get("all")
+    if not address or proxy_bypass(parts.netloc):
+        return None
+    try:
+        return httpx.Proxy(address if "://" in address else f"http://{address}")
+    except (ValueError, httpx.InvalidURL):
+        raise InvalidInput(
+            f"{parts.scheme}_proxy in the environment is not the address of a proxy",
+            hint="give it as http://host:port, or unset it",
+        ) from None
 
 
 def _trust(ca_file: str | Path | None) -> ssl.SSLContext | bool:

@@ -197,6 +197,7 @@ def test_traceback_on_a_terminal_is_masked_too():
         {"note": f"https://user:{TOKEN}@alyx.example.org"},
         {"note": [f"token={TOKEN}&x=1"]},
         {"token": SecretStr(TOKEN)},
+        *({key: TOKEN} for key in ("Cookie", "api_key", "APIKEY", "x_secret", "passwd")),
         {"body": f"Bearer {TOKEN}".encode()},
     ],
 )
@@ -211,6 +212,34 @@ def test_secrets_are_masked(about, format):
 
 def test_known_secrets_are_masked_anywhere():
     (line,) = logged(lambda log: log.info("x.y", text="it is hunter2!"), secrets=["hunter2", ""])
+    assert line["text"] == f"it is {MASK}!"
+
+
+suspects = st.sampled_from(
+    [TOKEN, "token", " ToKen: ", "passwd=", "Bearer ", "https://a:b@c", "http://", '"', "\\", "é"]
+)
+plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | suspects
+
+
+@given(
+    texts=st.lists(st.lists(suspects | st.text(max_size=3)).map("".join), max_size=3),
+    about=st.dictionaries(st.sampled_from(["path", "token", "cookie", "ApiKey", "n"]), plain),
+    secrets=st.lists(st.text(min_size=1) | suspects, max_size=2),
+)
+def test_a_line_is_as_clean_whether_or_not_it_looks_suspect(texts, about, secrets):
+    about = {**{f"text_{n}": text for n, text in enumerate(texts)}, **about}
+    # a list has each value of its line looked at
+    one, other = logged(
+        lambda log: [log.info("x.y", **about), log.info("x.y", **about, each=[])],
+        secrets=secrets,
+    )
+    del other["each"], one["timestamp"], other["timestamp"]
+    assert list(one.items()) == list(other.items())
+
+
+@pytest.mark.parametrize("secret", ['hun"ter2', "hun\\ter2", "huntér2", "Hunter2", "hun\nter2"])
+def test_a_known_secret_is_masked_however_json_writes_it(secret):
+    (line,) = logged(lambda log: log.info("x.y", text=f"it is {secret}!"), secrets=[secret])
     assert line["text"] == f"it is {MASK}!"
 
 
