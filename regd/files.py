@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import operator
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
+from fcntl import F_RDLCK, F_SETLEASE, F_SETSIG, F_UNLCK
 from functools import partial
 from hashlib import blake2b
 from io import FileIO
@@ -209,22 +209,69 @@ def open_inner(folder: int, name: str) -> int:
     return os.open(name, _FOLDER, dir_fd=folder)
 
 
+class Opened:
+    """A folder that is kept open while all that is below it is looked at, one file at a time.
+
+    So is the one below it that was asked for last: files come folder by folder, and no part of
+    their path is opened again for each.
+
+    Attributes:
+        number: The folder's descriptor.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._inner = ""
+        self._inner_number = number
+
+    def inner(self, relative: str) -> int:
+        """Return the descriptor of a folder below; it is closed when the next one is asked for.
+
+        Raises:
+            OSError: A part is missing, is no folder, or is a symbolic link.
+        """
+        if relative != self._inner:
+            self.close()
+            if relative:
+                with open_folder(os.dup(self.number), relative) as inner:
+                    self._inner_number = os.dup(inner)
+                self._inner = relative
+        return self._inner_number
+
+    def close(self) -> None:
+        """Close what `inner` opened."""
+        number, self._inner, self._inner_number = self._inner_number, "", self.number
+        if number != self.number:
+            os.close(number)
+
+
 @contextlib.contextmanager
-def open_folder(root: Path | int, relative: str) -> Iterator[int]:
+def open_below(root: Path, relative: str) -> Iterator[Opened]:
+    """Open the folder `relative` below `root`, to look at what is in it.
+
+    Raises:
+        OSError: A part is missing, is no folder, or is a symbolic link.
+    """
+    with open_folder(root, relative) as number, contextlib.closing(Opened(number)) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def open_folder(root: Path | Opened | int, relative: str) -> Iterator[int]:
     """Open the folder `relative` below `root` and yield its descriptor.
 
     Args:
-        root: The data root; or a folder below it, by its descriptor, where all of the files in it
-            are looked at: then no part above it is opened again for each.
+        root: The data root; or a folder below it that is open; or the descriptor of one, which is
+            closed.
         relative: '/' between its parts; '' for `root` itself.
 
     Raises:
         OSError: A part is missing, is no folder, or is a symbolic link.
     """
-    if isinstance(root, int):  # noqa: SIM108 - it would not fit on a line
-        descriptor = os.dup(root)
-    else:
-        descriptor = os.open(root, _FOLDER & ~os.O_NOFOLLOW)
+    if isinstance(root, Opened):
+        yield root.inner(relative)
+        return
+    descriptor = root if isinstance(root, int) else os.open(root, _FOLDER & ~os.O_NOFOLLOW)
     try:
         for part in filter(None, relative.split("/")):
             if part in (".", ".."):
@@ -238,7 +285,7 @@ def open_folder(root: Path | int, relative: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def open_file(root: Path | int, relative: str) -> Iterator[FileIO]:
+def open_file(root: Path | Opened, relative: str) -> Iterator[FileIO]:
     """Open the regular file `relative` below `root` for reading.
 
     Raises:
@@ -291,17 +338,17 @@ def is_open_for_writing(file: FileIO) -> bool | None:
         file: Open for reading only.
     """
     number = file.fileno()
-    # Who opens the file in that microsecond has the kernel signal this process, by default with
-    # SIGIO, which would end it; SIGURG is ignored. Giving the lease back undoes this setting.
-    fcntl.fcntl(number, fcntl.F_SETSIG, signal.SIGURG)
-    lease = partial(_libc_with_gil.fcntl, number, fcntl.F_SETLEASE)
+    control = partial(_libc_with_gil.fcntl, number)
     steps: tuple[Callable[[], int], ...] = (
-        partial(lease, fcntl.F_RDLCK),
+        # Who opens the file in that microsecond has the kernel signal this process, by default with
+        # SIGIO, which would end it; SIGURG is ignored. Giving the lease back undoes this setting.
+        partial(control, F_SETSIG, signal.SIGURG),
+        partial(control, F_SETLEASE, F_RDLCK),
         ctypes.get_errno,
-        partial(lease, fcntl.F_UNLCK),
+        partial(control, F_SETLEASE, F_UNLCK),
     )
     # one C call that keeps the GIL: no other thread gets a turn while the lease is held
-    taken, code, _ = tuple(map(operator.call, steps))
+    _, taken, code, _ = tuple(map(operator.call, steps))
     if taken == 0:
         return False
     if code != errno.EAGAIN or _is_remote(number):
@@ -329,7 +376,7 @@ def _file_system(number: int) -> int | None:
 
 
 @contextlib.contextmanager
-def open_finished(root: Path | int, relative: str, expected: Signature) -> Iterator[FileIO]:
+def open_finished(root: Path | Opened, relative: str, expected: Signature) -> Iterator[FileIO]:
     """Open a file for reading that nobody writes to, neither now nor when it is closed.
 
     Raises:
@@ -337,9 +384,21 @@ def open_finished(root: Path | int, relative: str, expected: Signature) -> Itera
         FileHeld: A program has it open for writing, now or at the end.
         OSError: It cannot be read.
     """
+    with _open_unchanging(root, relative, expected) as file:
+        if is_open_for_writing(file):
+            raise FileHeld(f"{relative} is open for writing")
+        yield file
+
+
+@contextlib.contextmanager
+def _open_unchanging(root: Path | Opened, relative: str, expected: Signature) -> Iterator[FileIO]:
+    """Do as `open_finished`, and look only at the end whether a program has the file open.
+
+    Who wrote to it before and has closed it since shows in its time stamps.
+    """
     try:
         with open_file(root, relative) as file:
-            before = _check_finished(file, expected, relative)
+            before = _check_signature(file, expected, relative)
             yield file
             after = _check_finished(file, expected, relative)
             # no tool can set this one back: written to, replaced, moved or deleted
@@ -356,7 +415,7 @@ def _check_finished(file: FileIO, expected: Signature, relative: str) -> os.stat
     return _check_signature(file, expected, relative)
 
 
-def check_finished(root: Path | int, relative: str, expected: Signature) -> None:
+def check_finished(root: Path | Opened, relative: str, expected: Signature) -> None:
     """Raise if a file that was finished is so no longer; much cheaper than reading it.
 
     Raises:
@@ -385,12 +444,12 @@ def _check_in(folder: int, name: str, expected: Signature) -> None:
 
 
 def md5(
-    root: Path | int, relative: str, expected: Signature, on_read: Callable[[int], object]
+    root: Path | Opened, relative: str, expected: Signature, on_read: Callable[[int], object]
 ) -> str:
     """Return the MD5 of a finished file, 32 hexadecimal digits, as Alyx keeps it.
 
     Args:
-        root: The data root, or a folder below it; see `open_folder`.
+        root: The data root, or a folder below it that is open.
         relative: The file's path below it.
         expected: What it must be.
         on_read: Called with the number of bytes of each block that was read; may raise to end.
@@ -400,11 +459,17 @@ def md5(
         FileHeld: A program has it open for writing, before or after it was read.
         OSError: It cannot be read.
     """
+    if expected.size <= _BLOCK:
+        with _open_unchanging(root, relative, expected) as file:
+            content = file.read(expected.size + 1)
+            if len(content) == expected.size:  # a file system may give less at a time
+                on_read(expected.size)
+                return hashlib.md5(content, usedforsecurity=False).hexdigest()
     return _run(md5_in_blocks(root, relative, expected), on_read)
 
 
 def md5_in_blocks(
-    root: Path | int, relative: str, expected: Signature
+    root: Path | Opened, relative: str, expected: Signature
 ) -> Generator[int, None, str]:
     """Do as `md5`, block by block: yield the bytes of each, so that others can have a turn.
 

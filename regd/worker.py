@@ -549,11 +549,10 @@ class Worker:
         rows: list[FileRow] = []
         wait_s: float | None = None
         flushed_at = self.clock()
-        # opened once for all of it: no part of its path is looked up again for each file
-        with files.open_folder(self.root, row.folder) as top:
+        with files.open_below(self.root, row.folder) as top:
             # elsewhere they are of another computer's clock, which may be wrong
-            stamped_here = files.is_local(top)
-            listed = list(self._list(top, row.folder))
+            stamped_here = files.is_local(top.number)
+            listed = list(self._list(top.number, row.folder))
             turn.ends_at = self.clock() + _TURN_S  # a folder that is slow to list has its turn, too
             for found in listed:
                 key = found.path if is_utf8(found.path) else printable(found.path)
@@ -599,7 +598,7 @@ class Worker:
     def _look(
         self,
         row: SessionRow,
-        top: int,
+        top: files.Opened,
         key: str,
         found: files.Found,
         old: FileRow | None,
@@ -650,7 +649,7 @@ class Worker:
         # until it is posted, this content is not what the dataset holds
         return replace(new, state=FileState.READY, md5=md5, dataset_id=None)
 
-    def _md5(self, top: int, full: str, found: files.Found, turn: _Turn) -> str | None:
+    def _md5(self, top: files.Opened, full: str, found: files.Found, turn: _Turn) -> str | None:
         """Return the MD5 of a file; None if it is large and not hashed yet, or the turn is over."""
         if found.size < LARGE:
             if turn.has_begun and self._gives_way(turn):
@@ -810,10 +809,10 @@ class Worker:
         """Return the files that are still what was hashed, and finished; others settle again."""
         same = []
         with ExitStack() as stack:
-            above: Path | int = self.root
+            above: Path | files.Opened = self.root
             inner = f"{row.folder}/"
             with suppress(OSError):  # where it cannot be opened, each file says so
-                above = stack.enter_context(files.open_folder(self.root, row.folder))
+                above = stack.enter_context(files.open_below(self.root, row.folder))
                 inner = ""
             for r in chunk:
                 self.pulse.beat()

@@ -432,6 +432,23 @@ def test_md5_notices_a_change_whose_time_was_set_back(tmp_path: Path) -> None:
     assert signature_of(path) == old
 
 
+@pytest.mark.parametrize("size", [1, 999, 1000, 1001, 2500, 2**18, 2**18 + 1])
+def test_md5_on_a_file_system_that_gives_less_than_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    class Stingy(FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(min(size or 0, 1000))
+
+        def readinto(self, buffer: Any, /) -> int:
+            return super().readinto(memoryview(buffer)[:1000])
+
+    path = put(tmp_path, "s/a", os.urandom(size))
+    monkeypatch.setattr(files, "FileIO", Stingy)
+    digest = files.md5(tmp_path, "s/a", signature_of(path), nobody)
+    assert digest == hashlib.md5(path.read_bytes()).hexdigest()
+
+
 # --- is_open_for_writing -------------------------------------------------------------------------
 
 
