@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import logging
 import re
 import threading
 import time
@@ -16,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from iblutil.util import Bunch, ensure_list
@@ -53,11 +54,28 @@ from regd.revisions import choose_destination
 from regd.settings import Settings
 
 _CATALOGUE_S = 600.0  # how long Alyx's dataset types and data formats are taken as known
+_TAKEN = 65536  # names that are remembered as fitting them
 _DOUBTED_S = 10.0  # how old they may be when they are why a file is refused
 _REFERENCE = re.compile(r"(?P<date>\d{4}-\d{2}-\d{2})_(?P<number>\d{1,3})_(?P<subject>.+)")
 _log = get_logger()
 
 Record = dict[str, Any]
+
+
+class _Catalogue(NamedTuple):
+    """What Alyx can hold.
+
+    Attributes:
+        asked_at: When Alyx was asked for it, in monotonic seconds.
+        types: Its dataset types.
+        extensions: Those of its data formats, with their dots.
+        taken: Names of files that were seen to fit: the same in one session after the other.
+    """
+
+    asked_at: float
+    types: DatasetTypes
+    extensions: list[str]
+    taken: set[str]
 
 
 class RegistrationClient:
@@ -102,7 +120,7 @@ class RegistrationClient:
         self._today = today
         self._clock = clock
         self._catalogue_lock = threading.Lock()
-        self._catalogue: tuple[float, DatasetTypes, list[str]] | None = None
+        self._catalogue: _Catalogue | None = None
 
     def __enter__(self) -> RegistrationClient:
         return self
@@ -120,26 +138,26 @@ class RegistrationClient:
     @property
     def dtypes(self) -> list[Any]:
         """Alyx's dataset types, with their fields as attributes."""
-        return [Bunch(record) for record in self._known()[1].types]
+        return [Bunch(record) for record in self._known().types.types]
 
     @property
     def registration_patterns(self) -> list[str]:
         """The file name patterns of the dataset types that have one."""
-        return [t["filename_pattern"] for t in self._known()[1].types if t["filename_pattern"]]
+        return [t["filename_pattern"] for t in self._known().types.types if t["filename_pattern"]]
 
     @property
     def file_extensions(self) -> list[str]:
         """The extensions of Alyx's data formats, with their dots."""
-        return self._known()[2]
+        return self._known().extensions
 
-    def _known(self, not_older_s: float = _CATALOGUE_S) -> tuple[float, DatasetTypes, list[str]]:
+    def _known(self, not_older_s: float = _CATALOGUE_S) -> _Catalogue:
         with self._catalogue_lock:
             known = self._catalogue
-            if known is None or self._clock() - known[0] > not_older_s:
+            if known is None or self._clock() - known.asked_at > not_older_s:
                 types = DatasetTypes(self.alyx.pages("/dataset-types", form=DATASET_TYPE))
                 listed = self.alyx.pages("/data-formats", form=DATA_FORMAT)
                 formats = [record["file_extension"] for record in listed]
-                known = self._catalogue = (self._clock(), types, formats)
+                known = self._catalogue = _Catalogue(self._clock(), types, formats, set())
             return known
 
     def forget_types(self) -> None:
@@ -162,7 +180,10 @@ class RegistrationClient:
         return place
 
     def _check_type(self, place: DatasetPath, not_older_s: float) -> None:
-        _, types, extensions = self._known(not_older_s)
+        known = self._known(not_older_s)
+        if place.name in known.taken:
+            return
+        extensions = known.extensions
         extension = PurePosixPath(place.name).suffix
         if not extension:
             raise NoDatasetType(
@@ -178,7 +199,9 @@ class RegistrationClient:
                 hint="add the data format on Alyx, "
                 "or name the file in watch.ignore if it is no dataset; then: regd retry --all",
             )
-        types.match(place.name)
+        known.types.match(place.name)
+        if len(known.taken) < _TAKEN:
+            known.taken.add(place.name)
 
     # --- sessions --------------------------------------------------------------------------------
 
@@ -609,8 +632,9 @@ class RegistrationClient:
                 f"{self.alyx.base_url}/register-file did not answer with a record for each file",
                 unknown_outcome=True,
             )
-        for item, record in zip(items, answer, strict=True):
-            _log.debug("file.posted", session=session.folder, path=item.path, id=record["id"])
+        if _log.isEnabledFor(logging.DEBUG):
+            for item, record in zip(items, answer, strict=True):
+                _log.debug("file.posted", session=session.folder, path=item.path, id=record["id"])
         return {item.path: record for item, record in zip(items, answer, strict=True)}
 
     def _unchanged(self, session: SessionPath, items: Sequence[FileToPost]) -> dict[str, Record]:
