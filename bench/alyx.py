@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,7 +255,20 @@ def check_done(log: Path, sessions: int, files: int) -> None:
             )
 
 
-def counted(log: Path, words: Sequence[bytes]) -> list[int]:
-    """Return how often each of some words is in a log so far."""
-    text = log.read_bytes()
-    return [text.count(word) for word in words]
+class Counted:
+    """How often each of some words was seen in a log, which is read once as it grows."""
+
+    def __init__(self, log: Path, *words: bytes) -> None:
+        self._log = log
+        self._counts = dict.fromkeys(words, 0)
+        self._read = 0
+
+    def __call__(self) -> list[int]:
+        """Return the counts, in whole lines so far."""
+        with self._log.open("rb") as log:
+            log.seek(self._read)
+            lines = log.read().rpartition(b"\n")[0]
+        self._read += len(lines)
+        for word in self._counts:
+            self._counts[word] += lines.count(word)
+        return [*self._counts.values()]

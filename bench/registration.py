@@ -147,16 +147,12 @@ def _drop(folder: Path, url: str, sessions: int, files: int) -> tuple[float, int
     staged.rename(aside)
     config = _configure(folder, folder / "data", url)
     log = folder / "regd.log"
-    words = [b'"flag.removed"', b'"file.registered"']
-
-    def is_done() -> bool:
-        return alyx.counted(log, words) == [sessions, sessions * files]
-
     with running([*REGD, "run", "-c", str(config)], log) as process:
         until_logged(process, log, b"scan.finished")
+        counted = alyx.Counted(log, b'"flag.removed"', b'"file.registered"')
         started_at = time.time()
         aside.rename(staged)
-        until(is_done, 900, 0.2)
+        until(lambda: counted() == [sessions, sessions * files], 900, 0.2)
         peak = peak_bytes(process.pid)
     alyx.check_done(log, sessions, sessions * files)
     last = [f["timestamp"] for f in alyx.logged(log) if f["event"] == "flag.removed"][-1]

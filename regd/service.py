@@ -13,8 +13,9 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from regd import mounts
@@ -54,6 +55,7 @@ STOP_WITHIN_S = 4.0
 """How long what is in hand may take to finish after SIGTERM, in seconds."""
 _MARGIN_S = 15.0  # beyond alyx.timeout_s
 _TICK_S = 1.0  # how often the journal is asked for what other processes want
+_NOTED_AT_ONCE = 50  # sessions, in one transaction, of a great many that appear at once
 _IDLE_S = 30.0  # a worker with nothing to do is told of news; this is how long it believes that
 _REMIND_S = 3600.0
 _HELD_UP_S = 0.5
@@ -196,6 +198,8 @@ class Service:
         self._now = now
         self._clock = clock
         self._ignored = Ignored(settings.watch.ignore)
+        # the files of a folder come one after the other
+        self._ignores_folder = lru_cache(maxsize=4096)(self._ignores)
         self.journal = self._open_journal()
         self.journal.bind_root(self.root)
         self.client = client or RegistrationClient(
@@ -848,11 +852,17 @@ class Service:
                 self._overflowed |= hint.overflow
                 if hint.path and not self._ignores(hint.path):
                     self._take_hint(hint, notes)
+                    if len(notes) >= _NOTED_AT_ONCE:  # the workers wait for them
+                        self._write_notes(notes)
+                        notes = {}
             try:
                 hint = self._hints.get_nowait()
             except queue.Empty:
                 break
         self.client.alyx.counts.add(hints=told)
+        self._write_notes(notes)
+
+    def _write_notes(self, notes: Mapping[str, _Note]) -> None:
         with self.journal.together():
             for note in notes.values():
                 other = self.journal.note(
@@ -867,26 +877,27 @@ class Service:
         self._tell()
 
     def _ignores(self, path: str) -> bool:
-        parts = path.split("/")
-        if parts[-1] == self.settings.flag:
-            parts.pop()
-        return any(self._ignored("/".join(parts[: n + 1])) for n in range(len(parts)))
+        folder, _, name = path.rpartition("/")
+        if folder and self._ignores_folder(folder):
+            return True
+        return name != self.settings.flag and self._ignored(path)
 
     def _take_hint(self, hint: Hint, notes: dict[str, _Note]) -> None:
         """Add the session of a hint to the notes, or the folder of one outside any to the scans."""
-        parts = tuple(hint.path.split("/"))
-        depth = session_depth(parts)
-        try:
-            session = parse_session(parts[:depth] if depth else parts)
-        except InvalidPath:
+        folder, _, name = hint.path.rpartition("/")
+        session = _session_of(folder) or _session_of(hint.path)
+        if session is None:
+            parts = tuple(hint.path.split("/"))
             # the highest folder that can hold no session is the one to name to a person
             wrong = (n for n in range(1, len(parts)) if not could_become_session(parts[:n]))
-            folder = parts[: next(wrong, len(parts) if hint.is_folder else -1)]
-            self._to_scan.add("/".join(folder))
+            end = next(wrong, len(parts) if hint.is_folder else -1)
+            # of what lies in a folder that may hold sessions there are hints as well
+            if end < len(parts) or hint.unseen or not could_become_session(parts):
+                self._to_scan.add("/".join(parts[:end]))
             return
         settle = self.settings.settle
         now = self._now()
-        is_flag = parts[depth:] == (self.settings.flag,)
+        is_flag = name == self.settings.flag and folder == session.folder
         if is_flag:
             due_at = now
         elif hint.finished:
@@ -898,6 +909,16 @@ class Service:
         note = notes.setdefault(session.folder, _Note(session, due_at))
         note.due_at = min(note.due_at, due_at)
         note.flagged |= is_flag
+
+
+@lru_cache(maxsize=4096)  # the files of a folder come one after the other
+def _session_of(folder: str) -> SessionPath | None:
+    """Return the session that a folder is, or is in; None if it is in none."""
+    parts = tuple(folder.split("/"))
+    try:
+        return parse_session(parts[: session_depth(parts)])
+    except InvalidPath:
+        return None
 
 
 def _identity(root: Path) -> tuple[int, int] | None:

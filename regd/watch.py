@@ -54,13 +54,15 @@ class Hint:
     Attributes:
         path: Below the data root; '' for all of it.
         finished: Whether a writer closed the file, or it was moved into place.
-        is_folder: Whether it is a folder that appeared.
+        is_folder: Whether it is a folder that appeared. Of all that is in it there are hints, too.
+        unseen: Whether there are none, because it cannot be watched or read.
         overflow: Whether events were lost, so that anything may have happened.
     """
 
     path: str
     finished: bool = False
     is_folder: bool = False
+    unseen: bool = False
     overflow: bool = False
 
 
@@ -103,11 +105,12 @@ class _Inotify(InotifyFD):
 
     def _watch(
         self, path: bytes, above: int, name: bytes, seen: set[int]
-    ) -> Iterator[tuple[bytes, bool]]:
-        """Watch a folder and all below it; yield what is found, and whether it is a folder.
+    ) -> Iterator[tuple[bytes, bool, bool]]:
+        """Watch a folder and all below it; yield what is found.
 
-        What appears after the watch is set is an event, what was there before is listed: nothing
-        is missed, and some things are told twice.
+        That is the path, whether it is a folder, and whether what is in it could not be seen. What
+        appears after the watch is set is an event, what was there before is listed: nothing is
+        missed, and some things are told twice.
         """
         todo = [(path, above, name, 0)]
         while todo:
@@ -124,16 +127,20 @@ class _Inotify(InotifyFD):
                 code = ctypes.get_errno()
                 if code not in _GONE or path == self._root:
                     self.unwatched = OSError(code, os.strerror(code), os.fsdecode(path))
+                if code != errno.ENOENT:
+                    yield path, True, True
                 continue
             try:
                 with os.scandir(path) as listed:
                     for entry in listed:
                         is_folder = entry.is_dir(follow_symlinks=False)
-                        yield entry.path, is_folder
+                        yield entry.path, is_folder, False
                         if is_folder and depth < _DEEPEST:
                             todo.append((entry.path, descriptor, entry.name, depth + 1))
-            except OSError:
-                continue  # gone, or not to be read: a scan says so
+            except FileNotFoundError:
+                continue
+            except OSError:  # a scan says why
+                yield path, True, True
 
     def _unwatch(self, descriptors: set[int]) -> None:
         with self._lock:
@@ -190,9 +197,10 @@ class _Inotify(InotifyFD):
         start = len(self._root) + 1
         with self._walking:
             seen: set[int] = set()
-            for inner, is_folder in self._watch(self._root + b"/" + path, above, name, seen):
-                hint = Hint(os.fsdecode(inner[start:]), finished=moved, is_folder=is_folder)
-                self._hints.put(hint)
+            found = self._watch(self._root + b"/" + path, above, name, seen)
+            for inner, is_folder, unseen in found:
+                relative = os.fsdecode(inner[start:])
+                self._hints.put(Hint(relative, moved, is_folder, unseen))
             self._moved_away -= seen
 
     def _move_away(self, above: int, name: bytes) -> None:
@@ -232,7 +240,8 @@ class _Handler(FileSystemEventHandler):
         path = os.fsencode(event.dest_path if moved else event.src_path)
         if path.startswith(self._prefix):
             inner = os.fsdecode(path[len(self._prefix) :])
-            self._hints.put(Hint(inner, finished=moved, is_folder=event.is_directory))
+            folder = event.is_directory  # what watchdog cannot read of it is told by nobody
+            self._hints.put(Hint(inner, finished=moved, is_folder=folder, unseen=folder))
 
 
 class Watcher:

@@ -326,6 +326,33 @@ def test_whatever_is_done_to_folders_each_is_known_where_it_is(root: Path) -> No
         assert hints.up_to_mark(root) == []
 
 
+@pytest.mark.parametrize("fails", ["watch", "list"])
+def test_a_folder_that_cannot_be_seen_into_is_told_as_such(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    outside = tmp_path / "outside"
+    for name in ("b/2020-01-01", "c/2020-01-01"):
+        (outside / name).mkdir(parents=True)
+    scandir, add_watch = os.scandir, watch.inotify_add_watch
+
+    def list_some(path: Any) -> Any:
+        if os.fsencode(path).endswith(b"/b"):
+            raise OSError(errno.EIO, "the disk fails")
+        return scandir(path)
+
+    def watch_some(descriptor: Any, path: bytes, mask: Any) -> int:
+        return no_space() if path.endswith(b"/b") else add_watch(descriptor, path, mask)
+
+    with watching(root) as (_, hints):
+        if fails == "watch":
+            monkeypatch.setattr(watch, "inotify_add_watch", watch_some)
+        else:
+            monkeypatch.setattr(os, "scandir", list_some)
+        outside.rename(root / "new")
+        wanted = {("new/b", True), ("new/c", False), ("new/c/2020-01-01", False)}
+        hints.until(lambda _: wanted <= {(h.path, h.unseen) for h in hints.seen})
+
+
 # --- watches that cannot be had ------------------------------------------------------------------
 
 
