@@ -101,6 +101,7 @@ _FILE_COLUMNS = (
 
 # SQLite sees that the index will do only if a query says so in the index's own words
 _BY_STATE = "INDEXED BY file_state WHERE state <> 'registered'"
+_DUE = "INDEXED BY session_due WHERE state IN ('waiting', 'held')"
 
 
 def _session(row: Sequence[Any]) -> SessionRow:
@@ -493,8 +494,7 @@ class Journal:
                 UPDATE session SET state = 'working', hinted_at = NULL, listing = NULL,
                     changed_at = :now, waiting_since = coalesce(waiting_since, :now)
                 WHERE id = (
-                    SELECT id FROM session WHERE state IN ('waiting', 'held') AND due_at <= :now
-                    ORDER BY due_at LIMIT 1
+                    SELECT id FROM session {_DUE} AND due_at <= :now ORDER BY due_at LIMIT 1
                 ) AND state IN ('waiting', 'held')
                 RETURNING {_SESSION_COLUMNS}
                 """,  # noqa: S608 - the columns are a constant
@@ -528,9 +528,7 @@ class Journal:
     def next_due_at(self) -> float | None:
         """Return when the next waiting or held session is due, or None if there is none."""
         due_at: float | None
-        ((due_at,),) = self._rows(
-            "SELECT min(due_at) FROM session WHERE state IN ('waiting', 'held')"
-        )
+        ((due_at,),) = self._rows(f"SELECT min(due_at) FROM session {_DUE}")  # noqa: S608
         return due_at
 
     def release(
