@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from regd.errors import InvalidInput, InvalidPath, JournalDamaged, JournalFailed, NeedsHuman
 from regd.model import FileState, Happening, SessionPath, SessionState, Signature
@@ -62,8 +62,7 @@ class SessionRow:
         return parse_session(tuple(self.folder.split("/")))
 
 
-@dataclass(frozen=True, slots=True)
-class FileRow:
+class FileRow(NamedTuple):
     """A file as the journal knows it; the fields are the columns of `file`."""
 
     path: str
@@ -764,32 +763,29 @@ class Journal:
         self, session: int, name: Happening, about: str | None = None, target: str | None = None
     ) -> None:
         """Add to a session's history, within a transaction."""
-        values = {
-            "id": session,
-            "name": name,
-            "about": about,
-            "target": target,
-            "now": self._now(),
-            "kept": _EVENTS,
-        }
-        last = "(SELECT max(number) FROM event WHERE session_id = :id)"
-        again = self._db.execute(
-            f"UPDATE event SET times = times + 1, last_at = :now WHERE session_id = :id"  # noqa: S608
-            f" AND number = {last} AND name = :name AND about IS :about AND target IS :target",
-            values,
-        ).rowcount
-        if again:
+        now = self._now()
+        last = self._db.execute(
+            "SELECT number, name, about, target FROM event WHERE session_id = ?"
+            " ORDER BY number DESC LIMIT 1",
+            (session,),
+        ).fetchone()
+        number = last[0] if last else 0
+        if last and last[1:] == (name, about, target):
+            self._db.execute(
+                "UPDATE event SET times = times + 1, last_at = ?"
+                " WHERE session_id = ? AND number = ?",
+                (now, session, number),
+            )
             return
         self._db.execute(
-            "INSERT INTO event (session_id, number, name, about, target, first_at, last_at)"  # noqa: S608
-            f" VALUES (:id, coalesce({last}, 0) + 1, :name, :about, :target, :now, :now)",
-            values,
+            "INSERT INTO event (session_id, number, name, about, target, first_at, last_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (session, number + 1, name, about, target, now, now),
         )
-        if name is not Happening.MOVED:
+        if name is not Happening.MOVED and number >= _EVENTS:
             self._db.execute(
-                f"DELETE FROM event WHERE session_id = :id AND number <= {last} - :kept"  # noqa: S608
-                " AND name <> 'moved'",
-                values,
+                "DELETE FROM event WHERE session_id = ? AND number <= ? AND name <> 'moved'",
+                (session, number + 1 - _EVENTS),
             )
 
     def history(self, session: int) -> list[EventRow]:
@@ -947,14 +943,15 @@ class Journal:
             row = self.session(folder)
             return (row, self.files(row.id)) if row else None
 
-    def write_files(self, session: int, rows: Iterable[FileRow], gone: Iterable[str] = ()) -> None:
+    def write_files(self, session: int, rows: Iterable[FileRow], gone: Sequence[str] = ()) -> None:
         """Write files as they are now, and forget those that are `gone`, in one transaction."""
         now = self._now()
         with self._write() as db:
-            db.executemany(
-                "DELETE FROM file WHERE session_id = ? AND path = ?",
-                [(session, path) for path in gone],
-            )
+            if gone:
+                db.executemany(
+                    "DELETE FROM file WHERE session_id = ? AND path = ?",
+                    [(session, path) for path in gone],
+                )
             db.executemany(
                 "INSERT OR REPLACE INTO file VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                 [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class SessionState(StrEnum):
@@ -105,8 +105,7 @@ class DatasetPath:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Signature:
+class Signature(NamedTuple):
     """What tells whether a file was written to, without reading it."""
 
     size: int

@@ -627,7 +627,7 @@ class Worker:
             if self._is_hashed(found.signature.size):
                 md5 = self._md5(top, full, found, turn)
                 if md5 is None:
-                    return replace(new, reason=_HASHING)
+                    return new._replace(reason=_HASHING)
             else:
                 with files.open_finished(top, found.path, found.signature):
                     pass
@@ -645,9 +645,9 @@ class Worker:
             self.stillness.forget(full)
         if old is not None and old.dataset_id and md5 is not None and old.md5 == md5:
             # touched, or written again with the same content: Alyx has it as it is
-            return replace(new, state=FileState.REGISTERED, md5=md5)
+            return new._replace(state=FileState.REGISTERED, md5=md5)
         # until it is posted, this content is not what the dataset holds
-        return replace(new, state=FileState.READY, md5=md5, dataset_id=None)
+        return new._replace(state=FileState.READY, md5=md5, dataset_id=None)
 
     def _md5(self, top: files.Opened, full: str, found: files.Found, turn: _Turn) -> str | None:
         """Return the MD5 of a file; None if it is large and not hashed yet, or the turn is over."""
@@ -668,7 +668,7 @@ class Worker:
     def _refused(self, new: FileRow, error: NeedsHuman, old: FileRow | None) -> FileRow:
         if old is None or old.reason != error.reason:
             _log.warning("file.refused", path=new.path, reason=error.reason, hint=error.hint)
-        return replace(new, state=FileState.REFUSED, reason=error.reason, hint=error.hint)
+        return new._replace(state=FileState.REFUSED, reason=error.reason, hint=error.hint)
 
     def _still_settling(self, new: FileRow, old: FileRow | None, *, held: bool = False) -> FileRow:
         waited_s = self.now() - new.first_seen_at
@@ -682,7 +682,7 @@ class Worker:
             hint = "is a program still writing to it? It is registered when it stands still"
         if old is None or old.state is not FileState.SETTLING or old.hint is None:
             _log.warning("file.unfinished", path=new.path, reason=reason, hint=hint)
-        return replace(new, reason=reason, hint=hint)
+        return new._replace(reason=reason, hint=hint)
 
     def _remaining_s(self, full: str, found: files.Found, *, stamped_here: bool) -> float:
         wall, now = self.now(), self.clock()
@@ -723,7 +723,7 @@ class Worker:
         assert row.eid is not None
         held = {dataset.place: dataset for dataset in self.client.datasets(row.eid)}
         known = [
-            replace(r, state=FileState.REGISTERED, dataset_id=dataset.id, reason=None, hint=None)
+            r._replace(state=FileState.REGISTERED, dataset_id=dataset.id, reason=None, hint=None)
             for r in rows
             if (dataset := held.get(parse_dataset(r.path))) is not None and _same(r, dataset)
         ]
@@ -829,7 +829,7 @@ class Worker:
 
     def _unsettle(self, row: SessionRow, r: FileRow) -> None:
         """Have a file settle again that was finished when it was hashed."""
-        again = replace(r, state=FileState.SETTLING, move_to=None, first_seen_at=self.now())
+        again = r._replace(state=FileState.SETTLING, move_to=None, first_seen_at=self.now())
         self.journal.write_files(row.id, [again])
 
     def _post(
@@ -848,8 +848,7 @@ class Worker:
         with self._writing(row):
             records = self.client.post_files(session, items, checked=checked, options=options)
         done = [
-            replace(
-                r,
+            r._replace(
                 state=FileState.REGISTERED,
                 dataset_id=str(records[r.path]["id"]),
                 reason=None,
@@ -891,7 +890,7 @@ class Worker:
                     files.occupied_revisions(self.root, row.folder, r.path),
                 ).as_posix()
                 if target != r.path:
-                    intent = replace(r, state=FileState.PLACING, move_to=target)
+                    intent = r._replace(state=FileState.PLACING, move_to=target)
                     self.journal.write_files(row.id, [intent])
                     self.journal.durable()  # after a power cut the file is looked for at both ends
                     moved = self._move(row, intent, turn)
@@ -926,9 +925,9 @@ class Worker:
             return None
         except PathTaken as error:
             taken = TryLater(error.reason, hint=error.hint)
-            kept = _block(replace(intent, state=FileState.READY, move_to=None), taken, turn)
+            kept = _block(intent._replace(state=FileState.READY, move_to=None), taken, turn)
         except NeedsHuman as error:
-            kept = self._refused(replace(intent, move_to=None), error, None)
+            kept = self._refused(intent._replace(move_to=None), error, None)
         except OSError as error:
             # the intent stays: the file may be at either end, or at both
             kept = _block(intent, _of_disk(error, intent.path, "write"), turn)
@@ -939,8 +938,7 @@ class Worker:
 
     def _moved(self, row: SessionRow, intent: FileRow) -> FileRow:
         assert intent.move_to is not None
-        new = replace(
-            intent,
+        new = intent._replace(
             path=intent.move_to,
             state=FileState.READY,
             move_to=None,
@@ -1027,7 +1025,7 @@ def _is_named(row: FileRow, session: SessionPath, name: str) -> bool:
 def _block(row: FileRow, error: TryLater, turn: _Turn) -> FileRow:
     """Return a file as it waits for the next attempt of its session, and note what it waits for."""
     turn.blocked[row.path] = error
-    return replace(row, reason=error.reason, hint=error.hint)
+    return row._replace(reason=error.reason, hint=error.hint)
 
 
 def _of_disk(error: OSError, what: str = "", doing: str = "read") -> TryLater:

@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -538,7 +538,7 @@ def test_files_are_kept_as_written(journal: Journal, clock: Clock) -> None:
         FileRow("e", FileState.REGISTERED, Signature(0, 0), dataset_id="d"),
     ]
     journal.write_files(id_, rows)
-    written = [replace(r, first_seen_at=r.first_seen_at or 1000.0, changed_at=1000.0) for r in rows]
+    written = [r._replace(first_seen_at=r.first_seen_at or 1000.0, changed_at=1000.0) for r in rows]
     assert journal.files(id_) == {r.path: r for r in written}
     assert journal.known(A.folder) == (row_of(journal), journal.files(id_))
     assert journal.known("unknown") is None
@@ -1134,8 +1134,8 @@ def test_what_is_counted_and_listed_for_people(journal: Journal) -> None:
     for session in (B, A, other):
         note(journal, session)
     ids = [row_of(journal, session).id for session in (A, B)]
-    rows = [ready("r"), replace(ready("s"), state=FileState.SETTLING)]
-    slow = replace(ready("t"), state=FileState.SETTLING, reason="it grows", hint="close it")
+    rows = [ready("r"), ready("s")._replace(state=FileState.SETTLING)]
+    slow = ready("t")._replace(state=FileState.SETTLING, reason="it grows", hint="close it")
     journal.write_files(ids[0], [*rows, slow])
     assert journal.file_totals([*ids, 99]) == {
         ids[0]: {FileState.READY: (1, 3), FileState.SETTLING: (2, 6)},
@@ -1167,7 +1167,7 @@ def test_the_history_of_a_session(journal: Journal, clock: Clock) -> None:
     journal.identify(row.id, "e", doubt=False)
     journal.unflagged(row.id)
     journal.unflagged(row.id)
-    journal.moved(row.id, "a.npy", replace(ready("#2020-01-02#/a.npy"), md5="0" * 32))
+    journal.moved(row.id, "a.npy", ready("#2020-01-02#/a.npy")._replace(md5="0" * 32))
     journal.release(row.id, WAITING, due_at=1050.0, reason="files are being written")
     clock.now = 1050.0
     assert journal.claim()
@@ -1267,7 +1267,7 @@ def test_what_is_in_work_or_being_moved_is_not_forgotten(journal: Journal) -> No
     assert row
     with pytest.raises(NeedsHuman, match="worked on"):
         journal.forget(row.id)
-    placing = replace(ready("a"), state=FileState.PLACING, move_to="#r#/a")
+    placing = ready("a")._replace(state=FileState.PLACING, move_to="#r#/a")
     journal.write_files(row.id, [placing])
     journal.release(row.id, PARKED, reason="r", hint="h")
     with pytest.raises(NeedsHuman, match=r"a/2020-01-01/001/a .* not ended") as caught:

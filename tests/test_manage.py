@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ def test_what_only_the_journal_knows_is_not_forgotten(settings: Settings, journa
     with pytest.raises(NeedsHuman, match="worked on"):
         manage.forget(settings, journal, ONE, force=True)
     moving = FileRow("x", FileState.READY, Signature(1, 1))
-    placing = replace(moving, state=FileState.PLACING, move_to="#r#/x")
+    placing = moving._replace(state=FileState.PLACING, move_to="#r#/x")
     journal.write_files(row.id, [placing])
     journal.set_creating(row.id, True)
     journal.release(row.id, SessionState.PARKED, reason="why", hint="do")

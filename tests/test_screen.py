@@ -6,7 +6,6 @@ import datetime
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +258,7 @@ def test_the_whole_story_of_a_session(place: Place) -> None:
     md5, dataset = "d41d8cd98f00b204e9800998ecf8427e", "6b0f4c1e-1111-4111-8111-123456789abc"
     file = FileRow("alf/x.npy", FileState.READY, Signature(1_200_000, 10**18), md5=md5)
     new = "alf/#2023-11-14#/x.npy"
-    place.journal.moved(row.id, file.path, replace(file, path=new))
+    place.journal.moved(row.id, file.path, file._replace(path=new))
     known = {"md5": md5, "dataset_id": dataset}
     done = FileRow(new, FileState.REGISTERED, Signature(1_200_000, 10**18), **known)
     empty = FileRow("alf/y.npy", FileState.REFUSED, Signature(0, 1), reason="empty", hint="go")
