@@ -373,13 +373,16 @@ class Service:
         workers = self._start_workers()
         try:
             while not self.stop.is_set() and self._failed is None:
+                began_at = self._clock()
                 report(*self.journal.left())
+                report_s = self._clock() - began_at
                 if self.gate.error is not None:
                     raise self.gate.error
                 # a session with a hash to come may wait for another attempt, because of other files
                 if not self.journal.is_unfinished() and not self.hasher.is_busy():
                     break
-                self._idle.wait(0.05)  # a person watches the bar
+                # a person watches the bar, but counting very many files must not take the time
+                self._idle.wait(min(1.0, max(0.05, 50 * report_s)))
                 self._idle.clear()
         finally:
             self.stop.set()
