@@ -37,6 +37,7 @@ from regd.errors import (
     MemberNotFound,
     RevisionProtected,
     SessionNotFound,
+    Stopping,
     SubjectNotFound,
     Unauthorized,
 )
@@ -187,6 +188,7 @@ class AlyxClient:
         self._limit = RateLimit(requests_per_minute, clock=clock, sleep=sleep)
         self._chance = chance
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0))
+        self._closed = False
         self._extensions = {"timeout": timeout.as_dict()}
         # not an httpx.Client: its cookies, redirects and logins are of no use here, and take as
         # long as the request itself
@@ -265,7 +267,8 @@ class AlyxClient:
         self._login = _Login(username, password, token)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; nothing is sent from then on."""
+        self._closed = True  # the transport would open new ones
         self._transport.close()
 
     # --- requests --------------------------------------------------------------------------------
@@ -512,12 +515,14 @@ class AlyxClient:
         self._limit.wait()
         headers = {**_HEADERS, "Authorization": f"Token {token}"} if token else _HEADERS
         where = f"{method} {self.base_url}{path}"
-        query = f"?{httpx.QueryParams(params)}" if params else ""
         began_at = self._clock()
         late_at = began_at + self._longest_s
         whole = None
         self._pulse.beat()
         try:
+            if self._closed:
+                raise Stopping("the connection to Alyx is closed")
+            query = f"?{httpx.QueryParams(params)}" if params else ""
             url = _parsed(f"{self.base_url}{path}{query}")
             request = httpx.Request(
                 method, url, headers=headers, extensions=self._extensions, **content
@@ -545,6 +550,7 @@ class AlyxClient:
             took_s = self._clock() - began_at
             good = whole is not None and _is_alyx(whole)
             self.counts.requested(method, path, status, took_s, good=good)
+            took_s = round(took_s, 3)
             _log.debug("request.sent", method=method, path=path, status=status, took_s=took_s)
 
     # --- credentials -----------------------------------------------------------------------------
@@ -874,7 +880,10 @@ def _proxy(url: str) -> httpx.Proxy | None:
     parts = urlsplit(url)
     proxies = getproxies()
     address = proxies.get(parts.scheme) or proxies.get("all")
-    if not address or proxy_bypass(parts.netloc):
+    hosts = {parts.netloc, parts.hostname or ""}
+    spared = {entry.strip() for entry in proxies.get("no", "").split(",")}
+    spared_too = {"*", *hosts, *(f"{parts.scheme}://{host}" for host in hosts)}
+    if not address or spared & spared_too or any(map(proxy_bypass, hosts)):
         return None
     try:
         return httpx.Proxy(address if "://" in address else f"http://{address}")

@@ -318,7 +318,7 @@ class _Demo:
     def _start_alyx(self) -> AlyxClient:
         server = self._stack.enter_context(Server(db=self._database))
         self._say("Alyx", f"a stand-in answers at {server.url}, with the built-in lab {_LAB}")
-        # given a transport, httpx leaves out the proxies of the environment
+        # given a transport, it leaves out the proxies of the environment
         client = AlyxClient(server.url, _ADMIN, _ADMIN_PASSWORD, transport=httpx.HTTPTransport())
         return self._stack.enter_context(client)
 

@@ -384,21 +384,10 @@ def open_finished(root: Path | Opened, relative: str, expected: Signature) -> It
         FileHeld: A program has it open for writing, now or at the end.
         OSError: It cannot be read.
     """
-    with _open_unchanging(root, relative, expected) as file:
-        if is_open_for_writing(file):
-            raise FileHeld(f"{relative} is open for writing")
-        yield file
-
-
-@contextlib.contextmanager
-def _open_unchanging(root: Path | Opened, relative: str, expected: Signature) -> Iterator[FileIO]:
-    """Do as `open_finished`, and look only at the end whether a program has the file open.
-
-    Who wrote to it before and has closed it since shows in its time stamps.
-    """
     try:
         with open_file(root, relative) as file:
-            before = _check_signature(file, expected, relative)
+            # now, too: what is stored in a page mapped before, and dirty already, changes no stamp
+            before = _check_finished(file, expected, relative)
             yield file
             after = _check_finished(file, expected, relative)
             # no tool can set this one back: written to, replaced, moved or deleted
@@ -460,7 +449,7 @@ def md5(
         OSError: It cannot be read.
     """
     if expected.size <= _BLOCK:
-        with _open_unchanging(root, relative, expected) as file:
+        with open_finished(root, relative, expected) as file:
             content = file.read(expected.size + 1)
             if len(content) == expected.size:  # a file system may give less at a time
                 on_read(expected.size)

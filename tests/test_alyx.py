@@ -38,6 +38,7 @@ from regd.errors import (
     RegdError,
     RevisionProtected,
     SessionNotFound,
+    Stopping,
     SubjectNotFound,
     TryLater,
     Unauthorized,
@@ -946,6 +947,42 @@ def test_no_proxy_for_a_host_that_is_to_have_none(
     with connect(sandbox, username=USER, password=PASSWORD) as client:
         assert client.get("/users")
     assert not asked
+
+
+@pytest.mark.parametrize(
+    "spared",
+    ["*", "lab.test, *", "alyx.test", ".test", "alyx.test:8000", "http://alyx.test", "ALYX.TEST"],
+)
+def test_how_a_host_without_a_proxy_is_named(monkeypatch: pytest.MonkeyPatch, spared: str) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.test:3128")
+    monkeypatch.setenv("no_proxy", spared)
+    assert alyx._proxy("http://alyx.test:8000") is None
+    monkeypatch.setenv("no_proxy", "lab.test")
+    assert alyx._proxy("http://alyx.test:8000") is not None
+
+
+def test_an_address_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", "http://proxy.test:3128")
+    monkeypatch.setenv("no_proxy", "fd00::5")
+    assert alyx._proxy("http://[fd00::5]:8000") is None
+    assert alyx._proxy("http://[fd00::6]:8000") is not None
+
+
+def test_a_closed_client_sends_nothing() -> None:
+    fake = Fake(reply(body={}))
+    client = fake.client(token=SECRET)
+    client.close()
+    with pytest.raises(Stopping):
+        client.post("/register-file", {})
+    assert not fake.asked
+
+
+def test_a_query_that_cannot_be_sent(sandbox: Server) -> None:
+    with (
+        connect(sandbox, username=USER, password=PASSWORD) as client,
+        pytest.raises(InvalidInput, match="cannot be sent"),
+    ):
+        client.rest("subjects", "list", nickname="\udcff")
 
 
 def test_a_proxy_that_is_none_is_a_persons_to_correct(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -432,6 +432,24 @@ def test_md5_notices_a_change_whose_time_was_set_back(tmp_path: Path) -> None:
     assert signature_of(path) == old
 
 
+def test_md5_of_a_file_that_a_program_has_mapped_until_it_is_read(tmp_path: Path) -> None:
+    path = put(tmp_path, "a", b"one")
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    mapped[:] = b"two"  # from here on the page is dirty: no store in it changes a stamp
+    mapped.flush()
+    mapped[:] = b"two"
+    before = signature_of(path)
+
+    def store(_size: int) -> None:
+        mapped[:] = b"new"
+        mapped.close()
+
+    with pytest.raises(FileHeld):
+        files.md5(tmp_path, "a", before, store)
+    mapped.close()
+
+
 @pytest.mark.parametrize("size", [1, 999, 1000, 1001, 2500, 2**18, 2**18 + 1])
 def test_md5_on_a_file_system_that_gives_less_than_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
