@@ -448,12 +448,6 @@ def md5(
         FileHeld: A program has it open for writing, before or after it was read.
         OSError: It cannot be read.
     """
-    if expected.size <= _BLOCK:
-        with open_finished(root, relative, expected) as file:
-            content = file.read(expected.size + 1)
-            if len(content) == expected.size:  # a file system may give less at a time
-                on_read(expected.size)
-                return hashlib.md5(content, usedforsecurity=False).hexdigest()
     return _run(md5_in_blocks(root, relative, expected), on_read)
 
 
