@@ -554,6 +554,6 @@ def test_polling(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (root / ALF / "x.npy").write_bytes(b"1")
         assert hints.of(f"{ALF}/x.npy") == Hint(f"{ALF}/x.npy")
         (root / "b").mkdir()
-        assert hints.of("b") == Hint("b", is_folder=True)
+        assert hints.of("b") == Hint("b", is_folder=True, unseen=True)
         (root / ALF / "x.npy").rename(root / ALF / "y.npy")
         hints.of(f"{ALF}/y.npy")
