@@ -161,10 +161,10 @@ def _drop(folder: Path, url: str, sessions: int, files: int) -> tuple[float, int
 
 def long_session(bench: Bench) -> Iterator[Line]:
     """One session of very many files: whether the last ones take longer than the first."""
-    files = bench.size(100_000, 4_000)
+    files, runs = bench.size(100_000, 4_000), min(bench.runs, 3)  # each takes a minute
     ours, bare, whole, fewer, start = [], [], [], [], []
     with bench.scratch("long") as folder:
-        for _ in range(min(bench.runs, 3)):
+        for _ in range(runs):
             start.append(_start(folder).cpu_s)
             fewer.append(_register_long(folder, files // 10)[0])
             cpu_s, ends = _register_long(folder, files)
@@ -173,7 +173,7 @@ def long_session(bench: Bench) -> Iterator[Line]:
         _fresh(folder / "data", 1, files, 64)
         with alyx.sandbox(folder / "alyx.log") as url:
             recording = alyx.record_requests(_configure(folder, folder / "data", url))
-        for _ in range(min(bench.runs, 3)):
+        for _ in range(runs):
             with alyx.sandbox(folder / "alyx.log") as url:
                 replayed = alyx.replay(url, recording, 1)
                 bare.append((*_tenths(replayed.ends_s), replayed.took_s))

@@ -190,8 +190,7 @@ class AlyxClient:
         timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0))
         self._closed = False
         self._extensions = {"timeout": timeout.as_dict()}
-        # not an httpx.Client: its cookies, redirects and logins are of no use here, and take as
-        # long as the request itself
+        # not an httpx.Client: cookies, redirects and logins are of no use, and take time with each
         self._transport = transport or httpx.HTTPTransport(
             verify=_trust(ca_file),
             limits=httpx.Limits(max_connections=32, max_keepalive_connections=32),
@@ -512,6 +511,8 @@ class AlyxClient:
         Raises:
             AlyxAway: No whole answer came.
         """
+        if self._closed:
+            raise Stopping("the connection to Alyx is closed")
         self._limit.wait()
         headers = {**_HEADERS, "Authorization": f"Token {token}"} if token else _HEADERS
         where = f"{method} {self.base_url}{path}"
@@ -520,8 +521,6 @@ class AlyxClient:
         whole = None
         self._pulse.beat()
         try:
-            if self._closed:
-                raise Stopping("the connection to Alyx is closed")
             query = f"?{httpx.QueryParams(params)}" if params else ""
             url = _parsed(f"{self.base_url}{path}{query}")
             request = httpx.Request(
@@ -590,6 +589,7 @@ class AlyxClient:
 
 @lru_cache(maxsize=64)
 def _parsed(address: str) -> httpx.URL:
+    """Return an address taken apart: most are asked again and again."""
     return httpx.URL(address)
 
 
@@ -880,10 +880,11 @@ def _proxy(url: str) -> httpx.Proxy | None:
     parts = urlsplit(url)
     proxies = getproxies()
     address = proxies.get(parts.scheme) or proxies.get("all")
-    hosts = {parts.netloc, parts.hostname or ""}
-    spared = {entry.strip() for entry in proxies.get("no", "").split(",")}
-    spared_too = {"*", *hosts, *(f"{parts.scheme}://{host}" for host in hosts)}
-    if not address or spared & spared_too or any(map(proxy_bypass, hosts)):
+    names = {parts.netloc, parts.hostname or parts.netloc}  # with and without the port
+    # `proxy_bypass` knows neither a star among others nor an entry with its scheme, as httpx does
+    known_to_httpx = {"*", *(f"{parts.scheme}://{name}" for name in names)}
+    unproxied = {entry.strip() for entry in proxies.get("no", "").split(",")}
+    if not address or any(map(proxy_bypass, names)) or unproxied & known_to_httpx:
         return None
     try:
         return httpx.Proxy(address if "://" in address else f"http://{address}")

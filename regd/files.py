@@ -233,8 +233,7 @@ class Opened:
         if relative != self._inner:
             self.close()
             if relative:
-                with open_folder(os.dup(self.number), relative) as inner:
-                    self._inner_number = os.dup(inner)
+                self._inner_number = _descend(os.dup(self.number), relative)
                 self._inner = relative
         return self._inner_number
 
@@ -257,12 +256,11 @@ def open_below(root: Path, relative: str) -> Iterator[Opened]:
 
 
 @contextlib.contextmanager
-def open_folder(root: Path | Opened | int, relative: str) -> Iterator[int]:
+def open_folder(root: Path | Opened, relative: str) -> Iterator[int]:
     """Open the folder `relative` below `root` and yield its descriptor.
 
     Args:
-        root: The data root; or a folder below it that is open; or the descriptor of one, which is
-            closed.
+        root: The data root, or a folder below it that is open.
         relative: '/' between its parts; '' for `root` itself.
 
     Raises:
@@ -271,17 +269,24 @@ def open_folder(root: Path | Opened | int, relative: str) -> Iterator[int]:
     if isinstance(root, Opened):
         yield root.inner(relative)
         return
-    descriptor = root if isinstance(root, int) else os.open(root, _FOLDER & ~os.O_NOFOLLOW)
+    descriptor = _descend(os.open(root, _FOLDER & ~os.O_NOFOLLOW), relative)
     try:
-        for part in filter(None, relative.split("/")):
-            if part in (".", ".."):
-                raise OSError(errno.EINVAL, "not a path below the data root", relative)
-            inner = os.open(part, _FOLDER, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _descend(folder: int, relative: str) -> int:
+    """Close an open folder, and return the descriptor of the one `relative` to it."""
+    for part in filter(None, relative.split("/")):
+        try:
+            if part in (".", ".."):
+                raise OSError(errno.EINVAL, "not a path below the data root", relative)
+            inner = open_inner(folder, part)
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
 
 
 @contextlib.contextmanager

@@ -381,7 +381,7 @@ class Service:
                 # a session with a hash to come may wait for another attempt, because of other files
                 if not self.journal.is_unfinished() and not self.hasher.is_busy():
                     break
-                # a person watches the bar, but counting very many files must not take the time
+                # a person watches the bar, and counting very many files is not to slow them down
                 self._idle.wait(min(1.0, max(0.05, 50 * report_s)))
                 self._idle.clear()
         finally:

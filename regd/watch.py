@@ -127,7 +127,7 @@ class _Inotify(InotifyFD):
                 code = ctypes.get_errno()
                 if code not in _GONE or path == self._root:
                     self.unwatched = OSError(code, os.strerror(code), os.fsdecode(path))
-                if code != errno.ENOENT:
+                if code not in (errno.ENOENT, errno.ENOTDIR):
                     yield path, True, True
                 continue
             try:
@@ -137,7 +137,7 @@ class _Inotify(InotifyFD):
                         yield entry.path, is_folder, False
                         if is_folder and depth < _DEEPEST:
                             todo.append((entry.path, descriptor, entry.name, depth + 1))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError:  # a scan says why
                 yield path, True, True
@@ -199,8 +199,8 @@ class _Inotify(InotifyFD):
             seen: set[int] = set()
             found = self._watch(self._root + b"/" + path, above, name, seen)
             for inner, is_folder, unseen in found:
-                relative = os.fsdecode(inner[start:])
-                self._hints.put(Hint(relative, moved, is_folder, unseen))
+                hint = Hint(os.fsdecode(inner[start:]), moved, is_folder=is_folder, unseen=unseen)
+                self._hints.put(hint)
             self._moved_away -= seen
 
     def _move_away(self, above: int, name: bytes) -> None:

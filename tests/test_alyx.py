@@ -9,6 +9,7 @@ import ssl
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -902,9 +903,9 @@ def test_every_request_counts_against_the_limit() -> None:
 # --- proxies -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def proxy() -> Iterator[tuple[str, list[str]]]:
-    """The address of an HTTP proxy that answers in Alyx's place, and what it was asked for."""
+@contextmanager
+def answering(context: ssl.SSLContext | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Yield the host and port of a server that answers `{"ok": 1}`, and what it was asked for."""
     asked: list[str] = []
 
     class Answers(http.server.BaseHTTPRequestHandler):
@@ -918,12 +919,25 @@ def proxy() -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+    class Quiet(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A client that hangs up in the handshake is what is tested."""
+
+    with Quiet(("127.0.0.1", 0), Answers) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"127.0.0.1:{server.server_port}", asked
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def proxy() -> Iterator[tuple[str, list[str]]]:
+    """The address of an HTTP proxy that answers in Alyx's place, and what it was asked for."""
+    with answering() as proxy:
+        yield proxy
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
@@ -998,30 +1012,10 @@ def test_a_proxy_that_is_none_is_a_persons_to_correct(monkeypatch: pytest.Monkey
 @pytest.fixture
 def https(authority: Path) -> Iterator[str]:
     """The address of a server whose certificate is signed by that authority."""
-
-    class Answers(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "9")
-            self.end_headers()
-            self.wfile.write(b'{"ok": 1}')
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Quiet(http.server.ThreadingHTTPServer):
-        def handle_error(self, *_: object) -> None:
-            """A client that hangs up in the handshake is what is tested."""
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(authority / "server.pem", authority / "server.key")
-    with Quiet(("127.0.0.1", 0), Answers) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"https://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with answering(context) as (address, _):
+        yield f"https://{address}"
 
 
 def test_the_labs_own_authority_is_trusted_if_it_is_named(https: str, authority: Path) -> None:
