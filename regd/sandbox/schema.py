@@ -305,6 +305,13 @@ def _column(name: str, column: Field) -> str:
     return sql
 
 
+_FEW = {"labmember", "datarepository", "datasettype", "dataformat"}
+"""Tables of few rows, to each of which very many point: these are not found faster by an index."""
+
+_INDEXED = {("dataset", "session"): "session, name, collection"}
+"""Links whose index holds more, for what is asked with each file."""
+
+
 def create_sql() -> str:
     """The whole schema as SQL. `seq` keeps the order of creation, which unordered lists follow."""
     parts = []
@@ -316,8 +323,9 @@ def create_sql() -> str:
             f"{', '.join(columns)});"
         )
         for name, column in model.fields.items():
-            if column.kind == "link":
-                parts.append(f"CREATE INDEX {model.name}_by_{name} ON {model.name}({name});")
+            if column.kind == "link" and column.to not in _FEW:
+                indexed = _INDEXED.get((model.name, name), name)
+                parts.append(f"CREATE INDEX {model.name}_by_{name} ON {model.name}({indexed});")
             elif column.kind == "links":
                 table = through(model, name)
                 parts.append(
@@ -327,6 +335,5 @@ def create_sql() -> str:
                     f"UNIQUE (source, target));"
                     f"CREATE INDEX {table}_back ON {table}(target);"
                 )
-    parts.append("CREATE INDEX dataset_by_name ON dataset(session, name, collection);")
     parts.append("CREATE INDEX session_by_time ON session(start_time);")
     return "\n".join(parts)
