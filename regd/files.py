@@ -37,16 +37,21 @@ _NOTHING = Ignored(())
 # The numbers of ioprio_set and ioprio_get, which glibc has no functions for.
 _IOPRIO = {"x86_64": (251, 252), "aarch64": (30, 31), "riscv64": (30, 31)}
 _IOPRIO_WHO_PROCESS, _IOPRIO_IDLE = 1, 3 << 13
+_NICE = 10  # as in systemd/regd.service
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 
 
 def let_others_first() -> None:
-    """Have the disk serve every other program before this one; see "ioprio_set(2)".
+    """Have the processor and the disk serve other programs first: one of them may record.
 
     Holds for this thread and those that it starts. A choice that was made by whoever started this
-    process (ionice, systemd's IOSchedulingClass) is left.
+    process (nice and ionice, systemd's Nice and IOSchedulingClass) is left. See "setpriority(2)"
+    and "ioprio_set(2)".
     """
+    if os.getpriority(os.PRIO_PROCESS, 0) == 0:
+        with contextlib.suppress(OSError):  # a filter of system calls may forbid it
+            os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     set_number, get_number = _IOPRIO.get(os.uname().machine, (0, 0))
     if set_number and _libc.syscall(get_number, _IOPRIO_WHO_PROCESS, 0) == 0:
         _libc.syscall(set_number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE)

@@ -19,7 +19,7 @@ from regd.pulse import Pulse
 LARGE = 64 * 2**20
 """Bytes from which on a file is hashed aside: those of 0.1 s of a core, 0.5 s of a slow disk."""
 _SLICE = 64 * 2**20  # bytes that are read of one before a smaller one may have its turn
-_NICE = 10  # programs that record, and regd's other work, come first
+_NICER = 5  # regd's other work comes first
 _THREADS = 4
 
 
@@ -130,7 +130,7 @@ class Hasher:
         with contextlib.suppress(OSError):
             thread = threading.get_native_id()
             nice = os.getpriority(os.PRIO_PROCESS, thread)
-            os.setpriority(os.PRIO_PROCESS, thread, max(nice, _NICE))
+            os.setpriority(os.PRIO_PROCESS, thread, nice + _NICER)
         with self.pulse.watched():
             while (job := self._next()) is not None:
                 with self.pulse.on(job.relative):

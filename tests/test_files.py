@@ -350,6 +350,19 @@ def test_the_disk_serves_others_first_unless_somebody_chose(before: list[str], a
     assert asked.stdout.strip() == after
 
 
+@pytest.mark.parametrize("before", [[], ["nice", "-n", "3"]])
+def test_so_does_the_processor(before: list[str]) -> None:
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    code = (
+        "import os, threading; from regd.files import let_others_first; let_others_first()\n"
+        "def ask(): print(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))\n"
+        "thread = threading.Thread(target=ask); thread.start(); thread.join()"
+    )
+    command = [*before, sys.executable, "-c", code]
+    asked = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(asked.stdout) == (ours + 3 if before else ours or 10)
+
+
 # --- MD5 -----------------------------------------------------------------------------------------
 
 
