@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import math
 import random
 import re
@@ -132,6 +133,34 @@ class Contact:
 
     date: datetime.datetime | None
     certificate_until: datetime.datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The answer to a request, read to its end: making another `httpx.Response` takes long.
+
+    Attributes:
+        where: The request, as errors name it: ``POST https://alyx.test/sessions``.
+        status: Of HTTP.
+        headers: As they were sent.
+        body: Unpacked.
+    """
+
+    where: str
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """Return what it holds; None where that is no JSON."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
 
 
 class AlyxClient:
@@ -505,7 +534,7 @@ class AlyxClient:
         token: str | None = None,
         look: Callable[[httpx.Response], None] = lambda _: None,
         **content: Any,
-    ) -> httpx.Response:
+    ) -> _Answer:
         """Send one request and return the answer, whatever its status; `look` sees how it begins.
 
         Raises:
@@ -527,9 +556,8 @@ class AlyxClient:
                 method, url, headers=headers, extensions=self._extensions, **content
             )
             with contextlib.closing(self._transport.handle_request(request)) as answer:
-                answer.request = request
                 look(answer)
-                whole = _whole(answer, lambda: self._clock() > late_at, self._pulse.beat)
+                whole = _whole(where, answer, lambda: self._clock() > late_at, self._pulse.beat)
                 return whole
         except (httpx.LocalProtocolError, httpx.UnsupportedProtocol):
             # its text would repeat the header, and with it the token
@@ -545,7 +573,7 @@ class AlyxClient:
             raise InvalidInput(f"{where} cannot be sent: {error}") from None
         finally:
             self._pulse.beat()
-            status = None if whole is None else whole.status_code
+            status = None if whole is None else whole.status
             took_s = self._clock() - began_at
             good = whole is not None and _is_alyx(whole)
             self.counts.requested(method, path, status, took_s, good=good)
@@ -573,7 +601,7 @@ class AlyxClient:
             form = {"username": login.user, "password": login.password}
             try:
                 answer = self._send("POST", "/auth-token", data=form)
-                if answer.status_code == 400 and _json(answer) is not None:
+                if answer.status == 400 and answer.json() is not None:
                     login.refused_until = self._clock() + _REFUSED_S
                     raise wrong
                 body = _read(answer)
@@ -615,8 +643,8 @@ def _tell_retry(state: RetryCallState) -> None:
 
 
 def _whole(
-    answer: httpx.Response, is_late: Callable[[], bool], beat: Callable[[], None]
-) -> httpx.Response:
+    where: str, answer: httpx.Response, is_late: Callable[[], bool], beat: Callable[[], None]
+) -> _Answer:
     """Return an answer with its body, read and unpacked piece by piece up to a limit.
 
     Raises:
@@ -630,21 +658,13 @@ def _whole(
             raise httpx.ReadTimeout("it came too slowly")
         if len(body) > _LARGEST_BODY:
             raise AlyxOdd(
-                f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
-                f" answered with more than {_LARGEST_BODY} bytes",
+                f"{where} answered with more than {_LARGEST_BODY} bytes",
                 hint="is alyx.url the address of Alyx?",
             )
-    headers = [(k, v) for k, v in answer.headers.raw if k.lower() != b"content-encoding"]
-    return httpx.Response(
-        answer.status_code,
-        headers=headers,
-        content=bytes(body),
-        request=answer.request,
-        extensions=answer.extensions,
-    )
+    return _Answer(where, answer.status_code, answer.headers, bytes(body))
 
 
-def _read(answer: httpx.Response) -> Any:
+def _read(answer: _Answer) -> Any:
     """Return the JSON of a good answer.
 
     Raises:
@@ -652,40 +672,31 @@ def _read(answer: httpx.Response) -> Any:
         AlyxFault: Alyx failed on this request.
         NeedsHuman: Alyx refused it; the subclass says how.
     """
-    if answer.status_code == 204:
+    if answer.status == 204:
         return None
-    body = _json(answer)
+    body = answer.json()
     if answer.is_success and body is not None:
         return body
-    where = f"{answer.request.method} {answer.request.url.copy_with(query=None)}"
     if answer.is_success:
         raise AlyxOdd(
-            f"{where} answered {answer.status_code} with something other than JSON",
+            f"{answer.where} answered {answer.status} with something other than JSON",
             hint="is alyx.url the address of Alyx, and is there a login page in between?",
         )
-    raise _failure(where, answer, body if isinstance(body, dict) else None)
+    raise _failure(answer, body if isinstance(body, dict) else None)
 
 
-def _is_alyx(answer: httpx.Response) -> bool:
+def _is_alyx(answer: _Answer) -> bool:
     """Say whether Alyx did what it was asked: a login page in between answers 200, too."""
     is_json = "json" in answer.headers.get("Content-Type", "")
-    return answer.is_success and (is_json or answer.status_code == 204)
+    return answer.is_success and (is_json or answer.status == 204)
 
 
-def _json(answer: httpx.Response) -> Any:
-    """Return what an answer holds; None where that is no JSON."""
-    try:
-        return answer.json()
-    except (ValueError, RecursionError):
-        return None
-
-
-def _failure(where: str, answer: httpx.Response, body: dict[str, Any] | None) -> Exception:
+def _failure(answer: _Answer, body: dict[str, Any] | None) -> Exception:
     """Return the exception that an answer other than 2xx stands for."""
-    status = answer.status_code
+    where, status = answer.where, answer.status
     if status == 429:
         return AlyxThrottled(f"{where}: too many requests (429)", after_s=_asked_s(answer))
-    if answer.has_redirect_location or 300 <= status < 400:
+    if 300 <= status < 400:
         return AlyxOdd(
             f"{where} was redirected ({status}) to {answer.headers.get('Location', '?')[:200]}",
             hint="is alyx.url right, and is there a login page in between?",
@@ -803,12 +814,12 @@ def _sentence(body: dict[str, Any]) -> str:
     )[:_LONGEST_TEXT]
 
 
-def _asked_s(answer: httpx.Response) -> float | None:
+def _asked_s(answer: _Answer) -> float | None:
     now = datetime.datetime.now(datetime.UTC)
     return retry_after_s(answer.headers.get("Retry-After"), now)
 
 
-def _date_of(answer: httpx.Response) -> datetime.datetime | None:
+def _date_of(answer: _Answer) -> datetime.datetime | None:
     try:
         return parsedate_to_datetime(answer.headers["Date"]).astimezone(datetime.UTC)
     except (KeyError, ValueError):

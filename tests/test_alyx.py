@@ -390,16 +390,14 @@ def test_a_good_status_without_json_is_no_alyx(body: bytes) -> None:
 @pytest.mark.parametrize("status", [*range(300, 600), 600, 999])
 def test_every_other_status_is_an_error_of_regd(status: int) -> None:
     for body in (b"", b'{"detail": "x"}', b"[]", b"null", b'"x"'):
-        response = httpx.Response(status, content=body, request=httpx.Request("POST", "http://x/y"))
         with pytest.raises(RegdError) as e:
-            alyx._read(response)
+            read(status, body)
         assert isinstance(e.value, (TryLater, NeedsHuman))
         assert "\n" not in str(e.value)
 
 
 def read(status: int, body: bytes, headers: dict[str, str] | None = None) -> Any:
-    request = httpx.Request("POST", "http://x/y?z=1")
-    return alyx._read(httpx.Response(status, content=body, headers=headers, request=request))
+    return alyx._read(alyx._Answer("POST http://x/y", status, httpx.Headers(headers), body))
 
 
 json_values = st.recursive(
@@ -744,11 +742,13 @@ def test_a_server_that_does_not_answer_is_given_up() -> None:
 
 def test_connections_are_kept(sandbox: Server) -> None:
     ports = set()
+
+    def look(answer: httpx.Response) -> None:
+        ports.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
+
     with connect(sandbox) as client:
         for _ in range(5):
-            answer = client._send("GET", "/", token=None)
-            stream = answer.extensions["network_stream"]
-            ports.add(stream.get_extra_info("client_addr"))
+            client._send("GET", "/", token=None, look=look)
     assert len(ports) == 1
 
 
