@@ -908,26 +908,17 @@ class Journal:
         )
         return {row[0]: _file(row) for row in rows}
 
-    def has_unregistered(self, session: int) -> bool:
-        """Say whether any file of a session is known that Alyx has not, for whatever reason."""
-        return bool(
-            self._rows(
-                f"SELECT 1 FROM file {_BY_STATE}"  # noqa: S608
-                " AND state IN ('settling', 'ready', 'placing', 'refused')"
-                " AND session_id = ? LIMIT 1",
-                session,
-            )
+    def states_left(self, session: int) -> set[FileState]:
+        """Return the states of a session's files that Alyx has not, however many they are."""
+        rows = self._rows(
+            "SELECT one.state FROM"  # noqa: S608
+            " (SELECT 'settling' AS state UNION ALL SELECT 'ready' UNION ALL SELECT 'placing'"
+            " UNION ALL SELECT 'refused') AS one"
+            f" WHERE EXISTS (SELECT 1 FROM file {_BY_STATE}"
+            " AND state = one.state AND session_id = ?)",
+            session,
         )
-
-    def is_settling(self, session: int) -> bool:
-        """Say whether any file of a session is to be looked at again."""
-        return bool(
-            self._rows(
-                f"SELECT 1 FROM file {_BY_STATE}"  # noqa: S608
-                " AND state = 'settling' AND session_id = ? LIMIT 1",
-                session,
-            )
-        )
+        return {FileState(state) for (state,) in rows}
 
     def ready_files(self, session: int, limit: int) -> list[FileRow]:
         """Return at most `limit` files that are ready to be registered; all of them if it is -1."""

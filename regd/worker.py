@@ -406,18 +406,19 @@ class Worker:
             row = found
         turn = _Turn(self.clock() + _TURN_S)
         with bound_contextvars(eid=row.eid):
-            wait_s = None
+            wait_s = left = None
             if self.settings.register.files:
                 wait_s = self._collect(row, turn)
-                if not self._register(row, session, turn):
+                left = self._register(row, session, turn)
+                if left is None:
                     return _Next(SessionState.WAITING, self.now(), row.attempt)
-                if wait_s is None and self.journal.is_settling(row.id):
+                if wait_s is None and FileState.SETTLING in left:
                     wait_s = 0.0  # written to, or gone, since it was hashed: look again
                 if row.doubt and wait_s is None and not turn.blocked:
                     self.journal.set_doubt(row.id, False)  # every file has been compared
             # what lies in a folder that could not be listed is written down nowhere yet
             if flagged and not any(path.endswith("/") for path in turn.blocked):
-                self._unflag(row)
+                self._unflag(row, known=not left)
         for error in turn.blocked.values():  # all beside those files is done
             raise error
         if wait_s is None:
@@ -535,8 +536,7 @@ class Worker:
         Returns:
             The seconds until the next file may have settled, or None if none is being written.
         """
-        self._finish_moves(row, turn)
-        known = self.journal.files(row.id)
+        known = self._finish_moves(row, turn)
         # a move that the disk has not let end yet: none of its names is a new file
         moving = {
             end
@@ -691,11 +691,15 @@ class Worker:
             untouched_s = self.stillness.untouched_s(touched_at, wall, now)
             return self.stillness.remaining_s(full, found.signature, untouched_s, now)
 
-    def _finish_moves(self, row: SessionRow, turn: _Turn) -> None:
-        """Bring to an end every move that was interrupted; a file is found at either end."""
-        for old in self.journal.files(row.id).values():
-            if old.state is not FileState.PLACING or old.move_to is None:
-                continue
+    def _finish_moves(self, row: SessionRow, turn: _Turn) -> dict[str, FileRow]:
+        """Bring to an end every move that was interrupted, and return the session's files then.
+
+        A file that was being moved is found at either end.
+        """
+        known = self.journal.files(row.id)
+        moves = [old for old in known.values() if old.state is FileState.PLACING]
+        for old in moves:
+            assert old.move_to is not None
             try:
                 files.mend_move(self.root, row.folder, old.path, old.move_to, old.signature)
                 source = files.signature(self.root, f"{row.folder}/{old.path}")
@@ -715,6 +719,7 @@ class Worker:
             except OSError as error:
                 kept = _block(old, _of_disk(error, old.path, "write"), turn)
                 self.journal.write_files(row.id, [kept])
+        return self.journal.files(row.id) if moves else known
 
     # --- compare ---------------------------------------------------------------------------------
 
@@ -737,8 +742,14 @@ class Worker:
 
     # --- place and post --------------------------------------------------------------------------
 
-    def _register(self, row: SessionRow, session: SessionPath, turn: _Turn) -> bool:
-        """Register every ready file, chunk by chunk; False if some are left for another turn."""
+    def _register(
+        self, row: SessionRow, session: SessionPath, turn: _Turn
+    ) -> set[FileState] | None:
+        """Register every ready file, chunk by chunk.
+
+        Returns:
+            The states of those that Alyx has not all the same; None if some wait for another turn.
+        """
         # a request that failed may have been too large for a server in between
         size = max(1, self.settings.register.chunk_files >> row.attempt)
         doubt = row.doubt
@@ -750,18 +761,19 @@ class Worker:
                     self._compare(row, ready)
                 doubt = False
             chunk = self._ready(row, turn, size)
-            if not chunk:
-                return True
             try:
-                if not self._post_chunk(row, session, chunk, turn):
+                if chunk and not self._post_chunk(row, session, chunk, turn):
                     size = max(1, size // 2)
                     doubt = True
             except (AlyxAway, AlyxFault):
                 self.journal.set_doubt(row.id, True)
                 raise
+            left = self.journal.states_left(row.id)
+            if not chunk or FileState.READY not in left:
+                return left
             # not in doubt: the next turn would post again what is registered of a chunk refused
             if not doubt and self._gives_way(turn):
-                return False
+                return None
 
     def _gives_way(self, turn: _Turn) -> bool:
         """Say whether a session has had its turn, and another one is due."""
@@ -952,9 +964,9 @@ class Worker:
 
     # --- unflag ----------------------------------------------------------------------------------
 
-    def _unflag(self, row: SessionRow) -> None:
-        """Remove the flag: Alyx has the session, and every file is registered or written down."""
-        if self.journal.has_unregistered(row.id):  # of the others Alyx knows as much
+    def _unflag(self, row: SessionRow, *, known: bool) -> None:
+        """Remove the flag: every file is `known` to Alyx, as the session is, or written down."""
+        if not known:
             self.journal.durable()
         try:
             removed = files.remove_flag(self.root, row.folder, self.settings.flag)

@@ -1283,11 +1283,10 @@ def test_what_is_not_registered_is_found_without_reading_the_rest(journal: Journ
     journal.files_in(FileState.REFUSED)
     journal.files_in(FileState.SETTLING, FileState.READY, hinted=True)
     journal.ready_files(1, 100)  # of a session with 100,000 files, a thousand times
-    journal.is_settling(1)
-    journal.has_unregistered(1)
+    journal.states_left(1)
     journal._db.set_trace_callback(None)
     of_files = [query for query in asked if "FROM file" in query]
-    assert len(of_files) == 6
+    assert len(of_files) == 5
     for query in of_files:
         plan = journal._db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
         assert any(
