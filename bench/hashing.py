@@ -97,8 +97,9 @@ def writer(bench: Bench) -> Iterator[Line]:
     wanted = bench.size(50_000, 1_000) * _MB
     seconds = bench.size(40, 3)
     with bench.scratch("writer") as folder:
-        free = shutil.disk_usage(folder).free - 2 * seconds * _RATE_MB_S * _MB
-        size = min(wanted, int(free * 0.8))
+        # the writer's file, removed before the next one, and a tenth of the disk's free space left
+        free = 0.9 * shutil.disk_usage(folder).free - seconds * _RATE_MB_S * _MB
+        size = min(wanted, int(free))
         parts = 5
         for n, name in enumerate(alyx.names(parts), 1):
             path = alyx.session_folder(folder / "data", 1) / name
