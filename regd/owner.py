@@ -34,6 +34,7 @@ HEARTBEAT_S = 20.0
 SILENT_BEATS = 3
 """An owner that was silent for so many heartbeats is no longer there."""
 _LARGEST = 4096  # bytes; a larger file is none of regd's, and is left alone
+_BLOCK = 512  # bytes, of which a power cut leaves all or none
 _LOOKS = 50  # at a file that comes and goes while others start and stop
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -92,8 +93,11 @@ def _identity(state_dir: Path) -> str:
         return str(uuid.UUID(path.read_text()))
     except (OSError, ValueError):
         made = str(uuid.uuid4())
-    with contextlib.suppress(OSError):  # on a full disk it lasts until this process ends
-        path.write_text(made)
+    with contextlib.suppress(OSError), path.open("w") as file:
+        # on a full disk it lasts until this process ends
+        file.write(made)
+        file.flush()
+        os.fsync(file.fileno())  # after a power cut it would be another's owner file that is there
     return made
 
 
@@ -241,7 +245,7 @@ class Owner:
         file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FILE, 0o644, dir_fd=folder)
         try:
             _is_locked(file)
-            self._write(file)
+            self._write(file, first=True)
             files.rename_noreplace(folder, name, folder, OWNER_FILE)
         except BaseException as error:
             os.close(file)
@@ -271,7 +275,7 @@ class Owner:
                 return True
             self.waits_for = None
             try:
-                self._write(file)
+                self._write(file, first=True)
             except OSError as error:
                 if error.errno != errno.EBADF:
                     raise
@@ -317,13 +321,18 @@ class Owner:
         self._write(self._file)
         return None
 
-    def _write(self, file: int) -> None:
+    def _write(self, file: int, *, first: bool = False) -> None:
         self._beat += 1
-        content = json.dumps({**asdict(self._me), "beat": self._beat}).encode() + b"\n"
+        content = json.dumps({**asdict(self._me), "beat": self._beat}).encode()
+        # as long as the last one: a power cut leaves one of the two
+        blocks = math.ceil((len(content) + 1) / _BLOCK)
+        content = content.ljust(blocks * _BLOCK - 1) + b"\n"
         os.pwrite(file, content, 0)
         os.ftruncate(file, len(content))
-        if not files.is_local(file):
-            os.fsync(file)  # its server, and with it the others, would see it much later
+        # or a power cut would leave it empty, as nobody's, and whoever comes next would wait; on
+        # another computer, the others would see each heartbeat much later
+        if first or not files.is_local(file):
+            os.fsync(file)
 
     def _root_changed(self) -> bool:
         """Say whether another folder is now where the data root was, as after a mount."""

@@ -251,7 +251,10 @@ def test_the_points_are_of_every_kind(scene: Scene, variant: str) -> None:
     plan = VARIANTS[variant]
     outcome, passed = undisturbed(scene, plan)
     move = {"link", "rename"} if plan.by_link else {"renameat2"}
-    effects = {"mkdir", "fsync folder", "fsync journal", "COMMIT", "unlink flag", "unlink", *move}
+    effects = {
+        *("mkdir", "unlink flag", "unlink", *move),
+        *("fsync folder", "fsync file", "fsync journal", "COMMIT"),
+    }
     requests = {
         *("GET /sessions", "POST /sessions", "GET /datasets", "GET /dataset-types"),
         *("GET /data-formats", "POST /register-file", "POST /auth-token"),

@@ -182,10 +182,10 @@ def test_two_that_take_over_at_the_same_moment_without_locks(
     clock.now += SILENT_BEATS * HEARTBEAT_S
     real = Owner._write
 
-    def slow(self: Owner, file: int) -> None:
+    def slow(self: Owner, file: int, **how: Any) -> None:
         monkeypatch.setattr(Owner, "_write", real)
         two.step()
-        real(self, file)
+        real(self, file, **how)
 
     monkeypatch.setattr(Owner, "_write", slow)
     one.step()

@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ from regd import files, logs, service
 from regd.alyx import AlyxClient
 from regd.journal import FILE_NAME
 from regd.model import SessionState
+from regd.paths import OWNER_FILE
 from regd.registration import RegistrationClient
 from regd.service import Service, lock
 from regd.settings import Settings
@@ -94,12 +96,14 @@ class Change:
         added: Whether it has come.
         inode: What it names, or named.
         twin: Another path of that.
+        content: What it held, in Latin-1, if it has gone and was the last of its paths.
     """
 
     path: str
     added: bool
     inode: int
     twin: str | None = None
+    content: str | None = None
 
 
 @dataclass
@@ -109,19 +113,25 @@ class Cache:
     Attributes:
         wal: The salt and the length of the journal's WAL when it was last fsynced.
         changes: Of folders, oldest first.
+        safe: The inodes of those files that hold something after it.
     """
 
     wal: tuple[str, int] = ("", 0)
     changes: list[Change] = field(default_factory=list)
+    safe: list[int] = field(default_factory=list)
 
     def synced(self, descriptor: int) -> None:
         path = _path(descriptor)
         if path.endswith("-wal"):
             self.wal = (os.pread(descriptor, 8, 16).hex(), os.fstat(descriptor).st_size)
         self.changes = [c for c in self.changes if os.path.dirname(c.path) != path]  # noqa: PTH120
+        self.safe.append(os.fstat(descriptor).st_ino)
 
-    def lose(self, state_dir: Path, *, folders: bool) -> None:
+    def lose(self, root: Path, state_dir: Path, *, folders: bool) -> None:
         """Leave on the disk what a power cut leaves; `folders`: undo what was not fsynced, too."""
+        for path in _written(root, state_dir):
+            if _inode(path) not in self.safe:
+                os.truncate(path, 0)
         wal = state_dir / f"{FILE_NAME}-wal"
         if wal.exists():
             salt, length = self.wal
@@ -135,9 +145,9 @@ class Cache:
             path = Path(change.path)
             if change.added or os.path.lexists(path) or not path.parent.exists():
                 continue
-            if change.twin is None:
-                path.touch()  # a flag
-            elif _inode(change.twin) == change.inode:
+            if change.content is not None:
+                path.write_bytes(change.content.encode("latin-1"))
+            elif change.twin is not None and _inode(change.twin) == change.inode:
                 os.link(change.twin, path)
         for change in reversed(self.changes):
             path = Path(change.path)
@@ -147,6 +157,11 @@ class Cache:
                 path.unlink()
             elif not any(path.iterdir()):
                 path.rmdir()
+
+
+def _written(root: Path, state_dir: Path) -> list[Path]:
+    """Return the files that regd writes, but for the journal and its log."""
+    return [*root.glob(f"{OWNER_FILE}*"), *state_dir.glob("identity")]
 
 
 def _inode(path: str | Path) -> int | None:
@@ -164,7 +179,7 @@ def _path(descriptor: int | None, name: str = "") -> str:
 class Effects:
     """Counts the points that the process passes, and ends it at the planned one."""
 
-    def __init__(self, plan: Plan, report: Path, wal: Path) -> None:
+    def __init__(self, plan: Plan, report: Path, settings: Settings) -> None:
         self._plan = plan
         self._report = report
         self._lock = threading.RLock()
@@ -172,9 +187,12 @@ class Effects:
         self._exposed: list[bool] = []
         self._cache = Cache()
         self._twins: dict[int, str] = {}
-        if wal.exists():  # what an earlier process left has reached the disk by now
-            with wal.open("rb") as file:
-                self._cache.synced(file.fileno())
+        # what an earlier process left has reached the disk by now
+        wal = settings.state_dir / f"{FILE_NAME}-wal"
+        for path in (wal, *_written(settings.data_root, settings.state_dir)):
+            if path.exists():
+                with path.open("rb") as file:
+                    self._cache.synced(file.fileno())
 
     def point(self, label: str, arrived: Path | None = None) -> None:
         """Pass a point; if it is the planned one, die, once `arrived` is there."""
@@ -227,8 +245,10 @@ class Effects:
 
             def do() -> None:
                 inode = _inode(path) or 0
+                last = inode and os.lstat(path).st_nlink == 1  # a flag, or regd's own
+                content = Path(path).read_bytes().decode("latin-1") if last else None
                 real["unlink"](name, dir_fd=dir_fd)
-                self._went(path, inode)
+                self._went(path, inode, content)
 
             self._around("unlink flag" if path.endswith(".flag") else "unlink", do)
 
@@ -237,7 +257,8 @@ class Effects:
                 self._cache.synced(descriptor)  # the disk itself loses no power here: no real one
 
             wal = _path(descriptor).endswith("-wal")
-            self._around("fsync journal" if wal else "fsync folder", do)
+            kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+            self._around(f"fsync {'journal' if wal else kind}", do)
 
         def rename(
             name: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
@@ -297,8 +318,9 @@ class Effects:
             self._twins[inode] = path
         self._cache.changes.append(Change(path, True, inode))
 
-    def _went(self, path: str, inode: int) -> None:
-        self._cache.changes.append(Change(path, False, inode, self._twins.get(inode)))
+    def _went(self, path: str, inode: int, content: str | None = None) -> None:
+        twin = self._twins.get(inode)
+        self._cache.changes.append(Change(path, False, inode, twin, content))
 
 
 class _Connection(sqlite3.Connection):
@@ -423,7 +445,7 @@ def _live(settings: Settings, plan: Plan, report: Path, finish: Connection | Non
     logs.configure(format="json", stream=sys.stderr)
     service._TICK_S = _TICK_S
     settings = settings.model_copy(update={"workers": plan.workers})
-    effects = Effects(plan, report, settings.state_dir / f"{FILE_NAME}-wal")
+    effects = Effects(plan, report, settings)
     effects.install()
     network = _Network(effects, plan.late_s, report.parent / "arrived")
     alyx = AlyxClient.from_settings(settings, transport=network)
@@ -502,7 +524,8 @@ class Victim:
         if killed and self._plan.power_cut and self._report.exists():
             cache = json.loads(self._report.read_text())["cache"]
             changes = [Change(**change) for change in cache["changes"]]
-            Cache(tuple(cache["wal"]), changes).lose(self._settings.state_dir, folders=undo)
+            lost = Cache(tuple(cache["wal"]), changes, cache["safe"])
+            lost.lose(self._settings.data_root, self._settings.state_dir, folders=undo)
         return killed
 
     def passed(self) -> list[tuple[str, bool]]:
