@@ -52,7 +52,8 @@ VARIANTS = {
     "daemon": Plan(daemon=True, taken=TAKEN),
     "daemon, by link": Plan(daemon=True, by_link=True, taken=TAKEN),
 }
-Death = tuple[Plan, bool, dict[str, Any]]  # the plan, whether changes are undone, the outcome
+Lives = tuple[Plan, ...]  # one after another, each with its death
+Death = tuple[Lives, bool, dict[str, Any]]  # and whether changes are undone, and the outcome
 SHORT, SHORT_KILLS = 12, 12  # in `make test`
 LANES = 4  # side by side at full length; most of the time each waits
 EXAMPLES, STEPS = 3, 12  # for each seed of the random part
@@ -105,6 +106,7 @@ class Scene:
 
     def reset(self) -> None:
         shutil.rmtree(self._rig)
+        shutil.rmtree(self._scratch)
         shutil.copytree(self._kept, self._rig)
         self._database.backup(self._store.db)
         self._store._slugs.clear()
@@ -140,17 +142,20 @@ class Scene:
                 }
                 assert not unknown, f"{unknown} may never be registered"
 
-    def check_death(self, plan: Plan, expected: dict[str, Any], *, undo: bool) -> bool:
-        """Die as planned and go on; return whether it has died, and see that all is as expected."""
+    def check_death(self, lives: Lives, expected: dict[str, Any], *, undo: bool) -> int:
+        """Die as planned and go on; return how often it has died, and see all is as expected."""
         self.reset()
-        victim = self.victim(plan)
-        death = f"{plan}, {undo=}"
+        death = f"{lives}, {undo=}"
+        killed = 0
         try:
-            killed = victim.end(undo=undo)
-            self.check_nothing_is_forgotten()
-            if not plan.late_s:
-                self.door.rest()
-            assert not self.victim(replace(plan, at=None, late_s=0.0)).end()
+            for plan in lives:
+                victim = self.victim(plan)
+                killed += victim.end(undo=undo)
+                self.check_nothing_is_forgotten()
+                if not plan.late_s:
+                    self.door.rest()
+            victim = self.victim(replace(plan, at=None, late_s=0.0))
+            assert not victim.end()
             self.door.rest()  # what is late may come after that
             wrong = differences(self.outcome(), expected)
             assert not wrong, f"what it is, and what it should be: {wrong}"
@@ -221,19 +226,23 @@ def undisturbed(scene: Scene, plan: Plan) -> tuple[dict[str, Any], list[tuple[st
     return scene.outcome(), victim.passed()
 
 
-def deaths(plan: Plan, passed: list[tuple[str, bool]]) -> Iterator[tuple[Plan, bool]]:
+def deaths(plan: Plan, passed: list[tuple[str, bool]]) -> Iterator[tuple[Lives, bool]]:
     """Yield every way to die at those points, and whether changes of folders are undone then."""
+    cut = replace(plan, power_cut=True)
     seen: collections.Counter[str] = collections.Counter()
     for label, exposed in passed:
         seen[label] += 1
         # not its number: threads may change the order
         at = (label, seen[label])
-        yield replace(plan, at=at), False
-        yield replace(plan, at=at, power_cut=True), True
+        yield (replace(plan, at=at),), False
+        yield (replace(cut, at=at),), True
         if exposed:
-            yield replace(plan, at=at, power_cut=True), False
+            yield (replace(cut, at=at),), False
+            # a crash, and a power cut soon after
+            soon = ("POST /register-file: after", 1 + seen[label] % 3)
+            yield (replace(plan, at=at), replace(cut, at=soon)), True
         if label in ("POST /sessions: sent", "POST /register-file: sent"):
-            yield replace(plan, at=at, late_s=LATE_S, unknown_outcome_s=LATE_S + 0.5), False
+            yield (replace(plan, at=at, late_s=LATE_S, unknown_outcome_s=LATE_S + 0.5),), False
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[tuple[str, Any], Any]:
@@ -290,7 +299,7 @@ def test_regd_goes_on_after_a_crash_or_a_power_cut_at_any_point(
         chance = random.Random(pytestconfig.getoption("--hypothesis-seed"))
         every = len(all_deaths) // SHORT
         few = all_deaths[chance.randrange(every) :: every]
-        killed = sum(scene.check_death(plan, expected, undo=undo) for plan, undo, expected in few)
+        killed = sum(scene.check_death(lives, expected, undo=undo) for lives, undo, expected in few)
     print(f"{killed} kills at {len(all_deaths)} points")
 
 
@@ -325,8 +334,8 @@ def open_scene(folder: Path) -> None:
     _lane = _ends.enter_context(a_scene(folder / f"{os.getpid()}"))
 
 
-def die(plan: Plan, undo: bool, expected: dict[str, Any]) -> int:
-    return bool(_lane.check_death(plan, expected, undo=undo))
+def die(lives: Lives, undo: bool, expected: dict[str, Any]) -> int:
+    return int(_lane.check_death(lives, expected, undo=undo))
 
 
 # --- at random -----------------------------------------------------------------------------------

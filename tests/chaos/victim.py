@@ -113,12 +113,32 @@ class Cache:
     Attributes:
         wal: The salt and the length of the journal's WAL when it was last fsynced.
         changes: Of folders, oldest first.
-        safe: The inodes of those files that hold something after it.
+        twins: The last path that came to an inode.
+        safe: The inodes of those of regd's own files that hold something after it.
     """
 
     wal: tuple[str, int] = ("", 0)
     changes: list[Change] = field(default_factory=list)
+    twins: dict[int, str] = field(default_factory=dict)
     safe: list[int] = field(default_factory=list)
+
+    @classmethod
+    def told(cls, report: Path) -> Cache:
+        """Return the one that a process has left."""
+        told = json.loads(report.read_text())["cache"]
+        changes = [Change(**change) for change in told["changes"]]
+        twins = {int(inode): path for inode, path in told["twins"].items()}
+        return cls(tuple(told["wal"]), changes, twins, told["safe"])
+
+    @classmethod
+    def flushed(cls, root: Path, state_dir: Path) -> Cache:
+        """Return one with nothing in it: all that is there is on the disk."""
+        cache = cls()
+        for path in (state_dir / f"{FILE_NAME}-wal", *_written(root, state_dir)):
+            if path.exists():
+                with path.open("rb") as file:
+                    cache.synced(file.fileno())
+        return cache
 
     def synced(self, descriptor: int) -> None:
         path = _path(descriptor)
@@ -179,20 +199,13 @@ def _path(descriptor: int | None, name: str = "") -> str:
 class Effects:
     """Counts the points that the process passes, and ends it at the planned one."""
 
-    def __init__(self, plan: Plan, report: Path, settings: Settings) -> None:
+    def __init__(self, plan: Plan, report: Path, cache: Cache) -> None:
         self._plan = plan
         self._report = report
         self._lock = threading.RLock()
         self._passed: list[str] = []
         self._exposed: list[bool] = []
-        self._cache = Cache()
-        self._twins: dict[int, str] = {}
-        # what an earlier process left has reached the disk by now
-        wal = settings.state_dir / f"{FILE_NAME}-wal"
-        for path in (wal, *_written(settings.data_root, settings.state_dir)):
-            if path.exists():
-                with path.open("rb") as file:
-                    self._cache.synced(file.fileno())
+        self._cache = cache
 
     def point(self, label: str, arrived: Path | None = None) -> None:
         """Pass a point; if it is the planned one, die, once `arrived` is there."""
@@ -315,12 +328,14 @@ class Effects:
     def _came(self, path: str, *, for_a_moment: bool = False) -> None:
         inode = _inode(path) or 0
         if not for_a_moment:
-            self._twins[inode] = path
+            self._cache.twins[inode] = path
         self._cache.changes.append(Change(path, True, inode))
 
     def _went(self, path: str, inode: int, content: str | None = None) -> None:
-        twin = self._twins.get(inode)
+        twin = self._cache.twins.get(inode)
         self._cache.changes.append(Change(path, False, inode, twin, content))
+        if content is not None:  # another file may have its number soon
+            self._cache.safe = [safe for safe in self._cache.safe if safe != inode]
 
 
 class _Connection(sqlite3.Connection):
@@ -438,14 +453,19 @@ class Door:
         return enter
 
 
-def _live(settings: Settings, plan: Plan, report: Path, finish: Connection | None) -> None:
+def _live(
+    settings: Settings, plan: Plan, report: Path, finish: Connection | None, before: Path
+) -> None:
     with (report.parent / "log").open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     logs.configure(format="json", stream=sys.stderr)
     service._TICK_S = _TICK_S
     settings = settings.model_copy(update={"workers": plan.workers})
-    effects = Effects(plan, report, settings)
+    places = settings.data_root, settings.state_dir
+    effects = Effects(
+        plan, report, Cache.told(before) if before.exists() else Cache.flushed(*places)
+    )
     effects.install()
     network = _Network(effects, plan.late_s, report.parent / "arrived")
     alyx = AlyxClient.from_settings(settings, transport=network)
@@ -488,14 +508,19 @@ class Victim:
         self._settings = settings
         self._plan = plan
         self._report = scratch / "report.json"
-        self._report.unlink(missing_ok=True)
+        before = scratch / "before.json"
+        before.unlink(missing_ok=True)
+        # after a power cut there is none, and of one that was killed at any moment nobody knows
+        if self._report.exists():
+            self._report.rename(before)
         shutil.rmtree(scratch / "arrived", ignore_errors=True)
         (scratch / "arrived").mkdir()
         self._log = scratch / "log"
         # no Event: its lock stays taken where the process dies with it
         told, self._finish = _processes.Pipe(duplex=False)
         self._process: ForkServerProcess = _processes.Process(
-            target=_live, args=(settings, plan, self._report, told if plan.daemon else None)
+            target=_live,
+            args=(settings, plan, self._report, told if plan.daemon else None, before),
         )
         self._process.start()
         told.close()
@@ -522,10 +547,9 @@ class Victim:
         killed = code == -signal.SIGKILL
         assert killed or code == 0, f"exit code {code}; its log ends in:\n{self.log()}"
         if killed and self._plan.power_cut and self._report.exists():
-            cache = json.loads(self._report.read_text())["cache"]
-            changes = [Change(**change) for change in cache["changes"]]
-            lost = Cache(tuple(cache["wal"]), changes, cache["safe"])
-            lost.lose(self._settings.data_root, self._settings.state_dir, folders=undo)
+            places = self._settings.data_root, self._settings.state_dir
+            Cache.told(self._report).lose(*places, folders=undo)
+            self._report.unlink()
         return killed
 
     def passed(self) -> list[tuple[str, bool]]:
