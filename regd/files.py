@@ -757,10 +757,12 @@ def mend_move(root: Path, folder: str, source: str, target: str, expected: Signa
         with open_folder(root, f"{folder}/{old_folder}") as old_fd:
             _end_drop(old_fd, old_name, new)
             old = _status_in(old_fd, old_name)
-            # with a single link the two names are two spellings of it, and it must stay
-            if old and new and old.st_nlink > 1 and os.path.samestat(old, new):
+            if new is not None:
                 with open_folder(root, f"{folder}/{new_folder}") as new_fd:
-                    _keep_new_name(old_fd, old_name, new_fd, new_name, new, expected)
-            os.fsync(old_fd)  # also where a crash came between the last step and this
+                    # with a single link the two names are two spellings of it, and it must stay
+                    if old and old.st_nlink > 1 and os.path.samestat(old, new):
+                        _keep_new_name(old_fd, old_name, new_fd, new_name, new, expected)
+                    os.fsync(new_fd)  # before the old one: the crash may have come before both
+            os.fsync(old_fd)
     except (FileNotFoundError, NotADirectoryError):
         return  # a folder went away, and with it one of the names
