@@ -38,6 +38,7 @@ _NOTHING = Ignored(())
 _IOPRIO = {"x86_64": (251, 252), "aarch64": (30, 31), "riscv64": (30, 31)}
 _IOPRIO_WHO_PROCESS, _IOPRIO_IDLE = 1, 3 << 13
 _NICE = 10  # as in systemd/regd.service
+_AUTOGROUP = Path("/proc/self/autogroup")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 
@@ -46,12 +47,16 @@ def let_others_first() -> None:
     """Have the processor and the disk serve other programs first: one of them may record.
 
     Holds for this thread and those that it starts. A choice that was made by whoever started this
-    process (nice and ionice, systemd's Nice and IOSchedulingClass) is left. See "setpriority(2)"
-    and "ioprio_set(2)".
+    process (nice and ionice, systemd's Nice and IOSchedulingClass) is left; a nice of 0 is none.
+    See "setpriority(2)" and "ioprio_set(2)".
     """
-    if os.getpriority(os.PRIO_PROCESS, 0) == 0:
-        with contextlib.suppress(OSError):  # a filter of system calls may forbid it
+    with contextlib.suppress(OSError):  # a filter of system calls may forbid it
+        if os.getpriority(os.PRIO_PROCESS, 0) == 0:
             os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+            # Where the kernel groups processes by session, a nice counts within one alone; see
+            # "The autogroup feature" in sched(7). Others may share this session: then it is left.
+            if os.getsid(0) == os.getpid():
+                _AUTOGROUP.write_text(str(_NICE))
     set_number, get_number = _IOPRIO.get(os.uname().machine, (0, 0))
     if set_number and _libc.syscall(get_number, _IOPRIO_WHO_PROCESS, 0) == 0:
         _libc.syscall(set_number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE)

@@ -965,7 +965,7 @@ class Worker:
     # --- unflag ----------------------------------------------------------------------------------
 
     def _unflag(self, row: SessionRow, *, known: bool) -> None:
-        """Remove the flag: every file is `known` to Alyx, as the session is, or written down."""
+        """Remove the flag: all that Alyx is to have is `known` to it, or written down."""
         if not known:
             self.journal.durable()
         try:
