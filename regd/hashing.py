@@ -19,7 +19,7 @@ from regd.pulse import Pulse
 LARGE = 64 * 2**20
 """Bytes from which on a file is hashed aside: those of 0.1 s of a core, 0.5 s of a slow disk."""
 _SLICE = 64 * 2**20  # bytes that are read of one before a smaller one may have its turn
-_NICER = 5  # regd's other work comes first
+_NICER = 5  # regd's other work comes first; not under the unit, whose filter forbids to step back
 _THREADS = 4
 
 

@@ -287,19 +287,12 @@ def large_recording(rig: Rig, number: int, seconds: float) -> Iterator[None]:
         rig.sh(f"rm -r {ROOT}/{SESSION}/{number:03d}")
 
 
-def nices(rig: Rig) -> set[str]:
-    """Return the nice values of the threads of the service; see proc_pid_stat(5)."""
-    stats = f"/proc/{rig.service()['MainPID']}/task/*/stat"
-    return set(rig.sh(f"sed 's/.*) //' {stats} | cut -d ' ' -f 17").split())
-
-
 def test_hashing_a_large_file_is_no_standstill(rig: Rig) -> None:
     rig.drop_in("hasty", f"WatchdogSec={WATCHDOG_S}")
     rig.systemctl("restart", "regd")
     restarts = rig.restarts
     began_at = time.monotonic()
     with large_recording(rig, 4, seconds=4 * WATCHDOG_S):
-        until(lambda: nices(rig) == {"10", "15"})  # its other work comes before that
         until(lambda: rig.held(4), 600)
         assert time.monotonic() - began_at > 2 * WATCHDOG_S, "or this shows nothing"
     assert rig.restarts == restarts
