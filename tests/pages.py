@@ -151,7 +151,8 @@ class Place:
         ]
         assert not outside, f"{command!r} names {outside}, for which nothing stands here"
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", command],
+            # a person's shell, too, is there until the command ends: regd asks which one it is
+            ["bash", "-euo", "pipefail", "-c", f"{command}\nexit"],
             cwd=self.clone,
             env=self.environment,
             stdin=subprocess.DEVNULL,
