@@ -161,7 +161,7 @@ def _drop(folder: Path, url: str, sessions: int, files: int) -> tuple[float, int
 
 def long_session(bench: Bench) -> Iterator[Line]:
     """One session of very many files: whether the last ones take longer than the first."""
-    files, runs = bench.size(100_000, 4_000), min(bench.runs, 3)  # each takes a minute
+    files, runs = bench.size(100_000, 4_000), bench.runs
     ours, bare, whole, fewer, start = [], [], [], [], []
     with bench.scratch("long") as folder:
         for _ in range(runs):

@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -183,7 +184,7 @@ class Store:
     def insert(self, name: str, values: Mapping[str, Any]) -> str:
         """Add a row, filling in defaults; return its id."""
         model = MODELS[name]
-        row_id = str(values.get("id") or uuid.uuid4())
+        row_id = str(values.get("id") or _new_id(name))
         row: Row = {"id": row_id}
         for column, definition in model.fields.items():
             if column == "id" or definition.kind == "links":
@@ -326,6 +327,21 @@ class Store:
         if row is None:
             raise KeyError(f"{MODELS[name].verbose} {called} is used but not listed")
         return str(row["id"])
+
+
+_VERY_MANY = {"dataset", "filerecord"}
+
+
+def _new_id(name: str) -> uuid.UUID:
+    """Return an id for a new row: as opaque as Alyx's, but not as scattered where there are many.
+
+    With ids at random, each row of a large table is a page of its own in every index of them, which
+    a transaction keeps a copy of. Registering took 10 % longer with 20,000 datasets than with none.
+    """
+    row_id = uuid.uuid4()
+    if name in _VERY_MANY:
+        row_id = uuid.UUID(int=time.time_ns() << 64 | row_id.int % 2**64, version=4)
+    return row_id
 
 
 _PLAIN_LISTS = {
