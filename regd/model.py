@@ -104,6 +104,12 @@ class DatasetPath:
     revision: str
     name: str
 
+    @property
+    def path(self) -> str:
+        """Its path below the session folder, from which `paths.parse_dataset` makes this again."""
+        revision = f"#{self.revision}#" if self.revision else ""
+        return "/".join(filter(None, (self.collection, revision, self.name)))
+
 
 class Signature(NamedTuple):
     """What tells whether a file was written to, without reading it."""

@@ -116,7 +116,7 @@ def could_become_session(parts: tuple[str, ...]) -> bool:
     return False
 
 
-@lru_cache(maxsize=65536)  # the same in one session after the other
+@lru_cache(maxsize=4096)  # the same in one session after the other
 def parse_dataset(inner: str) -> DatasetPath:
     """Split a file's path below its session folder into collection, revision and name.
 

@@ -627,7 +627,7 @@ class RegistrationClient:
         """
         body = registration_body(session, items, checked=checked, options=options)
         answer = self.alyx.post("/register-file", body, REGISTERED)
-        if [_place(record) for record in answer] != [parse_dataset(item.path) for item in items]:
+        if [_place(record).path for record in answer] != [item.path for item in items]:
             raise AlyxOdd(
                 f"{self.alyx.base_url}/register-file did not answer with a record for each file",
                 unknown_outcome=True,
