@@ -33,7 +33,7 @@ from rich.tree import Tree
 from regd.alyx import AlyxClient
 from regd.errors import InvalidInput, RegdError
 from regd.journal import FILE_NAME, FileRow, Journal
-from regd.model import FileState, SessionState
+from regd.model import DatasetPath, FileState, SessionState
 from regd.sandbox.server import Server
 from regd.status import is_running
 
@@ -560,8 +560,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _path(dataset: dict[str, Any]) -> str:
     """Return a dataset's path below its session folder."""
-    revision = f"#{dataset['revision']}#" if dataset["revision"] else ""
-    return "/".join(filter(None, (dataset["collection"], revision, dataset["name"])))
+    return DatasetPath(dataset["collection"], dataset["revision"] or "", dataset["name"]).path
 
 
 def _is_revision(path: str) -> bool:

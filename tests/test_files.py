@@ -375,7 +375,7 @@ def test_and_beside_other_sessions_if_its_own_is_of_regd_alone(alone: bool) -> N
     asked = subprocess.run(
         command, capture_output=True, text=True, check=True, start_new_session=alone
     )
-    before, after = asked.stdout.split()  # none in a session that began before there were groups
+    before, after = asked.stdout.split()  # "none" where the kernel keeps no group for the session
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     assert after == ("10" if alone and ours == 0 and before != "none" else before)
 
