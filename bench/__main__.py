@@ -53,8 +53,13 @@ def main() -> int:
     chosen = asked.only.split(",")
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if asked.runs < 1:
+        parser.error(f"--runs {asked.runs}: each side must run at least once")
     folder = Path(os.environ.get("BENCH_DIR") or HERE / ".work").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{folder}: {error.strerror}; name another folder with BENCH_DIR")
     bench = Bench(folder, asked.quick, 1 if asked.quick else asked.runs)
     lines: list[Line] = []
     failed = []
